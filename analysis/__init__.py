@@ -1,0 +1,1 @@
+"""Turns a recording into messages, spans, requests and findings, on any machine."""

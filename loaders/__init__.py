@@ -1,0 +1,1 @@
+"""Finds targets, loads and attaches probes, and drains their rings into numpy arrays."""

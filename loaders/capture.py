@@ -1,0 +1,329 @@
+"""A capture: the probes loaded for chosen targets, and their rings."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scope_ebpf import records
+from scope_ebpf.errors import LoadError
+from scope_ebpf.loaders.cgroups import descendants
+from scope_ebpf.loaders.libbpf import BpfObject, possible_cpus, tracepoint_arguments
+from scope_ebpf.loaders.ring import Records, SlotRing, array_in
+from scope_ebpf.records import RecordLimits
+from scope_ebpf.syscalls import SYSCALLS
+
+OBJECT = Path(__file__).resolve().parent.parent / "probes" / "capture.bpf.o"
+
+FAMILIES = ("processes", "syscalls", "messages", "offcpu")
+LIFE_PROGRAMS = ("on_fork", "on_exec", "on_exit", "on_sched_switch")
+CALL_PROGRAMS = ("on_sys_exit", "on_sys_enter")
+CGROUP_PROGRAMS = ("on_cgroup_mkdir", "on_cgroup_attach")
+ITERATORS = ("on_mark_tasks", "on_list_open")
+
+# Ring sizes by default: a second of a fast burst on each CPU of a small host, less on each of a large
+# one, where the work is spread.
+HOT_BYTES_IN_ALL = 64 << 20
+WIDE_BYTES_IN_ALL = 24 << 20
+HOT_SLOTS = (1 << 14, 1 << 19)
+WIDE_SLOTS = (1 << 10, 1 << 14)
+
+# How each system call moves messages, by name: see enum message_class in probes/events.h.
+_C = records.MessageClass
+MESSAGE_CALLS = {
+    "read": _C.MESSAGE_BUFFER | _C.MESSAGE_RECEIVE,
+    "write": _C.MESSAGE_BUFFER,
+    "recvfrom": _C.MESSAGE_BUFFER | _C.MESSAGE_RECEIVE | _C.MESSAGE_FLAGS,
+    "sendto": _C.MESSAGE_BUFFER | _C.MESSAGE_FLAGS,
+    "readv": _C.MESSAGE_VECTOR | _C.MESSAGE_RECEIVE,
+    "writev": _C.MESSAGE_VECTOR,
+    "preadv2": _C.MESSAGE_VECTOR | _C.MESSAGE_RECEIVE,
+    "pwritev2": _C.MESSAGE_VECTOR,
+    "vmsplice": _C.MESSAGE_VECTOR,
+    "recvmsg": _C.MESSAGE_HEADER | _C.MESSAGE_RECEIVE,
+    "sendmsg": _C.MESSAGE_HEADER,
+    "recvmmsg": _C.MESSAGE_HEADERS | _C.MESSAGE_RECEIVE,
+    "sendmmsg": _C.MESSAGE_HEADERS,
+    "sendfile": _C.MESSAGE_SENDFILE,
+    "splice": _C.MESSAGE_SPLICE,
+}
+
+
+@dataclass
+class CaptureOptions:
+    """What to record.
+
+    Attributes:
+        tgids: target processes; ignored for a cgroup or the whole host.
+        after_exec: record the targets only after they execute another program.
+        cgroup: a directory of the unified hierarchy whose members are recorded.
+        everything: record the whole host, but not this process.
+        follow: record the targets' children, too.
+        families: which tables to fill, of FAMILIES.
+        payload_bytes: how much of a payload's head to keep; 0 for nothing.
+        hot_slots, wide_slots: slots per CPU, powers of two; None for a size that fits the host.
+    """
+
+    tgids: tuple[int, ...] = ()
+    after_exec: bool = False
+    cgroup: Path | None = None
+    everything: bool = False
+    follow: bool = True
+    families: tuple[str, ...] = FAMILIES
+    payload_bytes: int = 512
+    hot_slots: int | None = None
+    wide_slots: int | None = None
+
+
+@dataclass
+class Batch:
+    """What one round of draining brought: runs of slots as (cpu, index of the first, records)."""
+
+    hot: list[tuple[int, int, Records]] = field(default_factory=list)
+    wide: list[tuple[int, int, Records]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything in it."""
+        return bool(self.hot or self.wide)
+
+
+def ring_slots(in_all: int, slot_bytes: int, cpus: int, bounds: tuple[int, int]) -> int:
+    """The power of two of slots per CPU that shares `in_all` bytes out between the CPUs, in bounds."""
+    wanted = max(in_all // slot_bytes // cpus, 1)
+    return max(bounds[0], min(bounds[1], 1 << (wanted.bit_length() - 1)))
+
+
+def message_classes(machine: str) -> bytes:
+    """The table that tells the probes how each system call number moves messages."""
+    table = bytearray(512)
+    for number, name in SYSCALLS[machine].items():
+        if name in MESSAGE_CALLS and number < len(table):
+            table[number] = MESSAGE_CALLS[name]
+    return bytes(table)
+
+
+class Capture:
+    """Probes at work; a context manager that takes everything out of the kernel at its end."""
+
+    def __init__(self, options: CaptureOptions) -> None:
+        """Load the programs; nothing is attached yet.
+
+        Raises:
+            LoadError: the kernel refuses, with the reason.
+        """
+        self.options = options
+        self.cpus = possible_cpus()
+        payload_room = -(-max(options.payload_bytes, 448) // 64) * 64
+        self.wide_stride = RecordLimits.WIDE_HEADER_BYTES + payload_room
+        self.hot_slots = options.hot_slots or ring_slots(
+            HOT_BYTES_IN_ALL, RecordLimits.HOT_SLOT_BYTES, self.cpus, HOT_SLOTS
+        )
+        self.wide_slots = options.wide_slots or ring_slots(
+            WIDE_BYTES_IN_ALL, self.wide_stride, self.cpus, WIDE_SLOTS
+        )
+        self._object = BpfObject(OBJECT)
+        try:
+            self._load()
+        except BaseException:
+            self._object.close()
+            raise
+
+    def __enter__(self) -> "Capture":
+        """The capture itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Detach and unload."""
+        self.close()
+
+    def close(self) -> None:
+        """Detach and unload; may be called again."""
+        self._object.close()
+
+    def _programs(self) -> tuple[str, ...]:
+        """The programs that the chosen families need, in the order in which they are attached.
+
+        Births before the marking of what runs, so that no child slips through; entries after exits, so
+        that no entry is seen without its exit.
+        """
+        families = self.options.families
+        chosen = LIFE_PROGRAMS
+        if self.options.cgroup is not None:
+            chosen += CGROUP_PROGRAMS
+        if "offcpu" in families:
+            chosen += ("on_sched_waking",)
+        return chosen
+
+    def _records_calls(self) -> bool:
+        return bool({"syscalls", "messages"} & set(self.options.families))
+
+    def _load(self) -> None:
+        options, families = self.options, self.options.families
+        check_layout(self._object)
+        self._object.select(
+            {*self._programs(), *ITERATORS, *(CALL_PROGRAMS if self._records_calls() else ())}
+        )
+        self._object.set_constants(
+            record_syscalls="syscalls" in families,
+            record_messages="messages" in families,
+            record_offcpu="offcpu" in families,
+            record_everything=options.everything,
+            follow_children=options.follow or options.cgroup is not None,
+            seek_cgroups=options.cgroup is not None,
+            switch_tells_state=tracepoint_arguments("sched_switch") >= 4,
+            recorder_tgid=os.getpid(),
+            hot_slots=self.hot_slots,
+            wide_slots=self.wide_slots,
+            payload_limit=options.payload_bytes,
+            message_classes=message_classes(os.uname().machine),
+        )
+        self._object.resize("cpus", self.cpus)
+        self._object.resize("hot", self.cpus * self.hot_slots)
+        self._object.resize("wide", self.cpus * self.wide_slots, self.wide_stride)
+        self._object.resize("gathered", self.cpus, max(2 * options.payload_bytes, 64))
+        self._object.load()
+        self._map_rings()
+
+    def _map_rings(self) -> None:
+        """Map the CPU states and both rings of each CPU."""
+        self._states = array_in(
+            self._object.map_memory(
+                "cpus", self.cpus * records.CPU_STATE.itemsize, writable=True
+            ),
+            records.CPU_STATE,
+            self.cpus,
+        )
+        offset, _ = self._object.variables(".bss")["marks_wanted"]
+        self._marks = array_in(self._object.map_memory(".bss", offset + 8), np.dtype("<u8"), offset // 8 + 1)
+        self.hot = self._rings("hot", hot_dtype(), self.hot_slots)
+        self.wide = self._rings("wide", wide_dtype(self.wide_stride), self.wide_slots)
+
+    def _rings(self, name: str, dtype: np.dtype[Any], slots: int) -> list[SlotRing]:
+        count = self.cpus * slots
+        memory = self._object.map_memory(name, count * dtype.itemsize)
+        everything = array_in(memory, dtype, count)
+        return [
+            SlotRing(
+                everything[cpu * slots : (cpu + 1) * slots],
+                self._states[f"{name}_head"][cpu : cpu + 1],
+                self._states[f"{name}_tail"][cpu : cpu + 1],
+            )
+            for cpu in range(self.cpus)
+        ]
+
+    def start(self) -> Records:
+        """Attach the probes and take up what runs already.
+
+        Returns:
+            A records.MARKED_TASK per thread that is recorded from the start.
+        """
+        for tgid in self.options.tgids:
+            kind = (
+                records.TargetKind.TARGET_AFTER_EXEC
+                if self.options.after_exec
+                else records.TargetKind.TARGET_NOW
+            )
+            self._object.update("targets", tgid, kind)
+        if self.options.cgroup is not None:
+            for identity in descendants(self.options.cgroup):
+                self._object.update("cgroups", identity, 1, key_bytes=8)
+        self._object.attach(*self._programs(), *ITERATORS)
+        marked = [self.mark_tasks()]
+        while True:
+            # a child of a thread that was not marked yet may have been missed
+            fresh = self.mark_tasks()
+            fresh = fresh[fresh["seen_before"] == 0]
+            if not len(fresh):
+                break
+            marked.append(fresh)
+        if self._records_calls():
+            self._object.attach(*CALL_PROGRAMS)
+        self._states["recheck"] = 1
+        return np.concatenate(marked)
+
+    def mark_tasks(self) -> Records:
+        """Take up every running thread that belongs to the targets; returns MARKED_TASK records."""
+        data = self._object.iterate("on_mark_tasks")
+        self._states["recheck"] = 1
+        return np.frombuffer(data, dtype=records.MARKED_TASK)
+
+    def marks_wanted(self) -> int:
+        """How often so far the kernel saw something that mark_tasks() has to take up."""
+        return int(self._marks[-1])
+
+    def drain(self) -> Batch:
+        """Everything that is complete in the rings now.
+
+        Per CPU first the hot ring, then the wide one: a payload is complete before its message is, so
+        that the payloads of all drained messages are in this batch or were in an earlier one.
+        """
+        batch = Batch()
+        for cpu in range(self.cpus):
+            if (run := self.hot[cpu].drain()) is not None:
+                batch.hot.append((cpu, *run))
+            if (run := self.wide[cpu].drain()) is not None:
+                batch.wide.append((cpu, *run))
+        return batch
+
+    def fill(self) -> float:
+        """How full the fullest ring is, 0 to 1."""
+        return max(ring.fill() for ring in (*self.hot, *self.wide))
+
+    def lost(self) -> NDArray[np.uint64]:
+        """Lost so far, by CPU and records.LossKind: shape (cpus, LOSS_KINDS)."""
+        return np.array(self._states["lost"], dtype=np.uint64)
+
+    def stop(self) -> Records:
+        """Detach the probes and return what is still open: CALL and OFFCPU records as hot slots.
+
+        What completed before is still in the rings; drain once more.
+        """
+        self._object.detach("on_sys_enter")
+        self._object.detach("on_sys_exit")
+        data = self._object.iterate("on_list_open")
+        self._object.detach(*self._programs(), *ITERATORS)
+        return np.frombuffer(data, dtype=hot_dtype())
+
+
+def check_layout(opened: BpfObject) -> None:
+    """Refuse an object whose records are not the ones that this Python reads.
+
+    Raises:
+        LoadError: naming the first difference.
+    """
+    for name in ("call", "message", "offcpu", "payload", "process", "connection", "cpu_state"):
+        if opened.btf.record_dtype(name) != getattr(records, name.upper()):
+            raise LoadError(
+                f"cannot use {opened.path.name}: its record {name} differs from this version's;"
+                " build the probes anew with `make build`"
+            )
+
+
+def hot_dtype() -> np.dtype[Any]:
+    """A hot slot before its kind is looked at: the first eight bytes and the rest."""
+    return np.dtype(
+        [
+            ("sequence", "<u4"),
+            ("number", "<u2"),
+            ("kind", "u1"),
+            ("flags", "u1"),
+            ("start_ns", "<u8"),
+            ("rest", f"V{RecordLimits.HOT_SLOT_BYTES - 16}"),
+        ]
+    )
+
+
+def wide_dtype(stride: int) -> np.dtype[Any]:
+    """A wide slot before its kind is looked at."""
+    return np.dtype(
+        [("sequence", "<u4"), ("length", "<u2"), ("kind", "u1"), ("flags", "u1"), ("rest", f"V{stride - 8}")]
+    )

@@ -1,0 +1,66 @@
+"""cgroups of the unified hierarchy: their ids, which are the inode numbers of their directories."""
+
+import os
+from pathlib import Path
+
+from scope_ebpf.errors import TargetError
+
+MOUNTS = Path("/proc/self/mounts")
+
+
+def mount_point(mounts: Path = MOUNTS) -> Path | None:
+    """Where the unified hierarchy (cgroup2) is mounted; None if it is not."""
+    for line in mounts.read_text(errors="replace").splitlines():
+        fields = line.split()
+        if len(fields) > 2 and fields[2] == "cgroup2":
+            return Path(fields[1].encode().decode("unicode_escape"))
+    return None
+
+
+def resolve(name: str) -> Path:
+    """The directory of a cgroup, given as its directory or as its path in the hierarchy.
+
+    Raises:
+        TargetError: there is no unified hierarchy, or no such cgroup in it.
+    """
+    root = mount_point()
+    if root is None:
+        raise TargetError(
+            f"cannot record the cgroup {name}: no unified hierarchy is mounted;"
+            " run `sudo mount -t cgroup2 none /sys/fs/cgroup`, or use attach --pid"
+        )
+    for candidate in (Path(name), root / name.lstrip("/")):
+        resolved = Path(os.path.realpath(candidate))
+        if resolved.is_dir() and (resolved == root or root in resolved.parents):
+            return resolved
+    raise TargetError(
+        f"cannot record the cgroup {name}: it is no directory below {root};"
+        " `cat /proc/PID/cgroup` tells the cgroup of a process"
+    )
+
+
+def descendants(directory: Path) -> dict[int, Path]:
+    """The ids of a cgroup and of all below it, with their directories."""
+    found: dict[int, Path] = {}
+    for path, _, _ in os.walk(directory):
+        try:
+            found[os.stat(path).st_ino] = Path(path)
+        except FileNotFoundError:
+            continue  # removed meanwhile
+    return found
+
+
+class CgroupPaths:
+    """Paths of cgroups by id, looked up in the mounted hierarchy as they are needed."""
+
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self._root = mount_point()
+        self._paths: dict[int, str | None] = {}
+
+    def path(self, identity: int) -> str | None:
+        """The cgroup's path below the root of the hierarchy; None if it is gone or not visible."""
+        if identity not in self._paths and self._root is not None:
+            for number, directory in descendants(self._root).items():
+                self._paths[number] = "/" + str(directory.relative_to(self._root)).lstrip(".")
+        return self._paths.setdefault(identity, None)

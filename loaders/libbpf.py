@@ -1,0 +1,323 @@
+"""libbpf, called through ctypes: BPF objects, their globals, maps, programs, links and iterators.
+
+Functions and their meaning: https://libbpf.readthedocs.io (1.0 and later; 1.1.2 is Debian 12's).
+"""
+
+import ctypes as c
+import errno
+import mmap
+import os
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from scope_ebpf.errors import LoadError
+from scope_ebpf.loaders.btf import Btf
+from scope_ebpf.loaders.elf import ElfObject
+
+LOG_LINES = 400
+LOG_BYTES = 1 << 20  # libbpf hands over the whole log of the verifier at once
+PRINT_CALLBACK = c.CFUNCTYPE(c.c_int, c.c_int, c.c_char_p, c.c_void_p)
+CAUSES = {
+    errno.EPERM: "permission denied; run as root, or grant CAP_BPF and CAP_PERFMON",
+    errno.EACCES: "the kernel's verifier refused it",
+    errno.ENOENT: "this kernel does not have what it attaches to",
+    errno.ESRCH: "this kernel does not have what it attaches to",
+    errno.EOPNOTSUPP: "this kernel does not offer that kind of probe",
+    errno.ENOMEM: "there is not enough memory, or RLIMIT_MEMLOCK is too low (kernels before 5.11)",
+    errno.E2BIG: "the program or map is larger than this kernel allows",
+}
+
+
+class _Library:
+    """The functions of libbpf.so that are used, with their types."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        try:
+            lib = c.CDLL("libbpf.so.1", use_errno=True)
+        except OSError as error:
+            raise LoadError(
+                "cannot load libbpf.so.1: it is not installed;"
+                " run `sudo apt install libbpf1` (libbpf 1.0 or later is needed)"
+            ) from error
+        self._libc = c.CDLL(None)
+        pointer, text, number, size = c.c_void_p, c.c_char_p, c.c_int, c.c_size_t
+
+        def function(name: str, result: object, *arguments: object) -> "c._NamedFuncPointer":
+            try:
+                entry = getattr(lib, name)
+            except AttributeError as error:
+                raise LoadError(
+                    f"cannot use libbpf.so.1: it has no {name}; install libbpf 1.0 or later"
+                ) from error
+            entry.restype, entry.argtypes = result, arguments
+            return entry  # type: ignore[no-any-return]
+
+        self.set_print = function("libbpf_set_print", pointer, PRINT_CALLBACK)
+        self.version = function("libbpf_version_string", text)
+        self.open_file = function("bpf_object__open_file", pointer, text, pointer)
+        self.load = function("bpf_object__load", number, pointer)
+        self.close = function("bpf_object__close", None, pointer)
+        self.next_program = function("bpf_object__next_program", pointer, pointer, pointer)
+        self.program_name = function("bpf_program__name", text, pointer)
+        self.program_fd = function("bpf_program__fd", number, pointer)
+        self.set_autoload = function("bpf_program__set_autoload", number, pointer, c.c_bool)
+        self.find_program = function("bpf_object__find_program_by_name", pointer, pointer, text)
+        self.attach = function("bpf_program__attach", pointer, pointer)
+        self.link_destroy = function("bpf_link__destroy", number, pointer)
+        self.link_fd = function("bpf_link__fd", number, pointer)
+        self.iterate = function("bpf_iter_create", number, number)
+        self.find_map = function("bpf_object__find_map_by_name", pointer, pointer, text)
+        self.map_fd = function("bpf_map__fd", number, pointer)
+        self.set_max_entries = function("bpf_map__set_max_entries", number, pointer, c.c_uint32)
+        self.set_value_size = function("bpf_map__set_value_size", number, pointer, c.c_uint32)
+        self.initial_value = function(
+            "bpf_map__initial_value", pointer, pointer, c.POINTER(size)
+        )
+        self.map_update = function(
+            "bpf_map_update_elem", number, number, pointer, pointer, c.c_uint64
+        )
+        self.enable_stats = function("bpf_enable_stats", number, number)
+        self.kernel_btf = function("btf__load_vmlinux_btf", pointer)
+        self.btf_free = function("btf__free", None, pointer)
+        self.btf_find = function("btf__find_by_name_kind", number, pointer, text, c.c_uint32)
+        self.btf_type = function("btf__type_by_id", pointer, pointer, c.c_uint32)
+        self._callback = PRINT_CALLBACK(self._print)
+        self.set_print(self._callback)
+
+    def _print(self, _level: int, template: bytes, arguments: int) -> int:
+        buffer = c.create_string_buffer(LOG_BYTES)
+        self._libc.vsnprintf(
+            buffer, c.c_size_t(LOG_BYTES), c.c_char_p(template), c.c_void_p(arguments)
+        )
+        self.log += buffer.value.decode(errors="replace").splitlines()
+        del self.log[:-LOG_LINES]
+        return 0
+
+
+_library: _Library | None = None
+_library_lock = threading.Lock()
+
+
+def library() -> _Library:
+    """libbpf, loaded at the first use.
+
+    Raises:
+        LoadError: it is not installed or too old.
+    """
+    global _library  # noqa: PLW0603 - one process, one libbpf
+    with _library_lock:
+        if _library is None:
+            _library = _Library()
+        return _library
+
+
+def explain(number: int, log: list[str]) -> str:
+    """A clause that says why libbpf failed: the error's cause and the telling line of its log."""
+    cause = CAUSES.get(number, os.strerror(number))
+    noise = ("processed ", "-- ", "verification time", "stack depth", "libbpf: -- ")
+    lines = [
+        line.strip().removeprefix("libbpf: ") for line in log if line.strip() and "CO-RE" not in line
+    ]
+    telling = [
+        line
+        for line in lines
+        if not line.startswith(noise)
+        and not line.endswith("failed to load object")
+        and "failed to load: " not in line
+        and "BPF program load failed" not in line
+        and "failed to load object" not in line
+        and "failed to perform CO-RE" not in line
+    ]
+    if not telling or number == errno.EPERM:
+        return cause
+    return f"{cause} ({telling[-1]}; {len(lines) - 1} more log lines)"
+
+
+class BpfObject:
+    """One BPF object file: opened, then loaded, then its programs attached.
+
+    A context manager: at the end every link is destroyed and the object closed, so that nothing stays
+    in the kernel. The kernel does the same if the process dies.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the object.
+
+        Raises:
+            LoadError: there is no such object, or libbpf cannot read it.
+        """
+        self.path = path
+        self.btf = Btf.from_object(path)
+        self._lib = library()
+        self._lib.log.clear()
+        self._object = self._lib.open_file(os.fsencode(path), None)
+        if not self._object:
+            raise LoadError(f"cannot open {path.name}: {explain(c.get_errno(), self._lib.log)}")
+        self._links: dict[str, int] = {}
+
+    def __enter__(self) -> "BpfObject":
+        """The object itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Detach and unload everything."""
+        self.close()
+
+    def close(self) -> None:
+        """Detach and unload everything; may be called again."""
+        self.detach(*self._links)
+        if self._object:
+            self._lib.close(self._object)
+            self._object = None
+
+    def program_names(self) -> list[str]:
+        """The names of all programs."""
+        names: list[str] = []
+        program = self._lib.next_program(self._object, None)
+        while program:
+            names.append(self._lib.program_name(program).decode())
+            program = self._lib.next_program(self._object, program)
+        return names
+
+    def select(self, names: set[str]) -> None:
+        """Load only these programs."""
+        for name in self.program_names():
+            self._lib.set_autoload(self._program(name), name in names)
+
+    def set_constants(self, **values: bool | int | bytes) -> None:
+        """Set `const volatile` globals, before load()."""
+        variables = self.variables(".rodata")
+        size = c.c_size_t()
+        base = self._lib.initial_value(self._map(".rodata"), c.byref(size))
+        for name, value in values.items():
+            offset, width = variables[name]
+            data = value if isinstance(value, bytes) else int(value).to_bytes(width, "little")
+            if len(data) != width or offset + width > size.value:
+                raise LoadError(f"cannot set {name} in {self.path.name}: it has {width} bytes")
+            c.memmove(base + offset, data, width)
+
+    def variables(self, section: str) -> dict[str, tuple[int, int]]:
+        """Offset and size in bytes of each global in a section such as .bss."""
+        return ElfObject(self.path).variables(section)
+
+    def resize(self, name: str, entries: int, value_bytes: int | None = None) -> None:
+        """Set a map's element count and value size, before load()."""
+        handle = self._map(name)
+        self._check(self._lib.set_max_entries(handle, entries), f"resize the map {name}")
+        if value_bytes is not None:
+            self._check(self._lib.set_value_size(handle, value_bytes), f"resize the map {name}")
+
+    def load(self) -> None:
+        """Create the maps and load the selected programs.
+
+        Raises:
+            LoadError: with the kernel's reason.
+        """
+        self._lib.log.clear()
+        self._check(self._lib.load(self._object), f"load {self.path.name}")
+
+    def attach(self, *names: str) -> None:
+        """Attach programs where their sections say.
+
+        Raises:
+            LoadError: with the kernel's reason.
+        """
+        for name in names:
+            self._lib.log.clear()
+            link = self._lib.attach(self._program(name))
+            if not link:
+                self._check(-c.get_errno(), f"attach {name}")
+            self._links[name] = link
+
+    def detach(self, *names: str) -> None:
+        """Detach programs."""
+        for name in names:
+            link = self._links.pop(name, None)
+            if link:
+                self._lib.link_destroy(link)
+
+    def iterate(self, name: str) -> bytes:
+        """Run an attached iterator once and return all that it wrote."""
+        descriptor = self._lib.iterate(self._lib.link_fd(self._links[name]))
+        if descriptor < 0:
+            self._check(descriptor, f"run {name}")
+        with open(descriptor, "rb", buffering=0) as stream:
+            return b"".join(iter(lambda: stream.read(1 << 16), b""))
+
+    def map_fd(self, name: str) -> int:
+        """The descriptor of a map."""
+        return int(self._lib.map_fd(self._map(name)))
+
+    def program_fd(self, name: str) -> int:
+        """The descriptor of a loaded program."""
+        return int(self._lib.program_fd(self._program(name)))
+
+    def update(self, name: str, key: int, value: int, *, key_bytes: int = 4) -> None:
+        """Set an element of a map with a number as key and a 32-bit value."""
+        key_data = c.create_string_buffer(key.to_bytes(key_bytes, "little"), key_bytes)
+        result = self._lib.map_update(
+            self.map_fd(name), key_data, c.byref(c.c_uint32(value)), 0
+        )
+        self._check(result, f"update the map {name}")
+
+    def map_memory(self, name: str, length: int, *, writable: bool = False) -> mmap.mmap:
+        """Map a BPF_F_MMAPABLE array's elements into this process."""
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
+        try:
+            return mmap.mmap(self.map_fd(name), length, mmap.MAP_SHARED, protection)
+        except OSError as error:
+            raise LoadError(f"cannot map {name} into memory: {error.strerror}") from error
+
+    def _program(self, name: str) -> int:
+        program = self._lib.find_program(self._object, name.encode())
+        if not program:
+            raise LoadError(f"{self.path.name} has no program {name}: build the probes anew")
+        return int(program)
+
+    def _map(self, name: str) -> int:
+        handle = self._lib.find_map(self._object, name.encode())
+        if not handle:
+            raise LoadError(f"{self.path.name} has no map {name}: build the probes anew")
+        return int(handle)
+
+    def _check(self, result: int, action: str) -> None:
+        if result < 0:
+            raise LoadError(f"cannot {action}: {explain(-result, self._lib.log)}")
+
+
+def tracepoint_arguments(name: str) -> int:
+    """How many arguments a tracepoint's BTF prototype has, without the leading void pointer; 0: none.
+
+    The kernel's BTF has a typedef `btf_trace_NAME` of a pointer to that prototype.
+    """
+    lib = library()
+    with ExitStack() as stack:
+        btf = lib.kernel_btf()
+        if not btf:
+            return 0
+        stack.callback(lib.btf_free, btf)
+        number = lib.btf_find(btf, f"btf_trace_{name}".encode(), 8)  # BTF_KIND_TYPEDEF
+        for _ in range(3):
+            if number <= 0:
+                return 0
+            address = lib.btf_type(btf, number)
+            _, info, number = c.cast(address, c.POINTER(c.c_uint32 * 3)).contents
+            if (info >> 24) & 0x1F == 13:  # BTF_KIND_FUNC_PROTO
+                return int(info & 0xFFFF) - 1
+    return 0
+
+
+def possible_cpus() -> int:
+    """One more than the highest CPU number that this host can have."""
+    text = Path("/sys/devices/system/cpu/possible").read_text()
+    return max(int(part.split("-")[-1]) for part in text.strip().split(",")) + 1
+

@@ -1,0 +1,353 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The few kernel types that the probes read, instead of a generated vmlinux.h.
+ *
+ * Each struct lists only the fields that are used; preserve_access_index makes libbpf find their real
+ * offsets in the running kernel's BTF (CO-RE). So building needs neither a kernel, nor its headers, nor
+ * bpftool, and the same source compiles for every architecture. A triple underscore names the form that
+ * a field had in other kernel versions.
+ */
+#ifndef SCOPE_KERNEL_H
+#define SCOPE_KERNEL_H
+
+typedef unsigned char __u8;
+typedef signed char __s8;
+typedef unsigned short __u16;
+typedef short __s16;
+typedef unsigned int __u32;
+typedef int __s32;
+typedef unsigned long long __u64;
+typedef long long __s64;
+typedef __u16 __be16;
+typedef __u32 __be32;
+typedef __u32 __wsum;
+
+typedef _Bool bool;
+enum { false, true };
+
+#define NULL ((void *)0)
+
+/* include/uapi/linux/bpf.h */
+enum bpf_map_type {
+	BPF_MAP_TYPE_HASH = 1,
+	BPF_MAP_TYPE_ARRAY = 2,
+	BPF_MAP_TYPE_LRU_HASH = 9,
+	BPF_MAP_TYPE_TASK_STORAGE = 29,
+};
+enum {
+	BPF_ANY = 0,
+	BPF_NOEXIST = 1,
+	BPF_F_NO_PREALLOC = 1U << 0,
+	BPF_F_MMAPABLE = 1U << 10,
+	BPF_LOCAL_STORAGE_GET_F_CREATE = 1U << 0,
+};
+
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_tracing.h>
+
+/* Newer than libbpf 0.5, whose headers Ubuntu 22.04 has. */
+#ifndef barrier
+#define barrier() asm volatile("" ::: "memory")
+#endif
+#define FIELD_OFFSET(type, field) \
+	__builtin_preserve_field_info(((type *)0)->field, BPF_FIELD_BYTE_OFFSET)
+
+#define KERNEL_TYPE __attribute__((preserve_access_index))
+#define CACHE_LINE 64
+
+/* The compiler's idea of these layouts is replaced at load, so their holes mean nothing. */
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wpadded"
+
+/* ---- registers of a system call ------------------------------------------------------------------ */
+
+#if defined(__TARGET_ARCH_x86)
+struct pt_regs {
+	unsigned long bx, cx, dx, si, di, r10, orig_ax;
+} KERNEL_TYPE;
+#define SYSCALL_NUMBER(regs) ((long)(regs)->orig_ax)
+#define SYSCALL_ARG0(regs) ((regs)->di)
+#define SYSCALL_ARG1(regs) ((regs)->si)
+#define SYSCALL_ARG2(regs) ((regs)->dx)
+#define SYSCALL_ARG3(regs) ((regs)->r10)
+/* 32-bit calls on a 64-bit kernel have their arguments elsewhere (arch/x86/include/asm/syscall.h). */
+#define COMPAT_ARG0(regs) ((__u32)(regs)->bx)
+#define COMPAT_ARG1(regs) ((__u32)(regs)->cx)
+#define COMPAT_ARG2(regs) ((__u32)(regs)->dx)
+#define TS_COMPAT 0x0002
+#elif defined(__TARGET_ARCH_arm64)
+struct pt_regs {
+	__u64 regs[31];
+	__u64 orig_x0;
+	__s32 syscallno;
+} KERNEL_TYPE;
+#define SYSCALL_NUMBER(regs) ((long)(regs)->syscallno)
+#define SYSCALL_ARG0(regs) ((regs)->orig_x0) /* regs[0] carries the result at the exit */
+#define SYSCALL_ARG1(regs) ((regs)->regs[1])
+#define SYSCALL_ARG2(regs) ((regs)->regs[2])
+#define SYSCALL_ARG3(regs) ((regs)->regs[3])
+#define COMPAT_ARG0(regs) ((__u32)(regs)->orig_x0)
+#define COMPAT_ARG1(regs) ((__u32)(regs)->regs[1])
+#define COMPAT_ARG2(regs) ((__u32)(regs)->regs[2])
+#define TIF_32BIT_MASK (1UL << 22)
+#else
+#error "scope-ebpf: no register names for this architecture; add them above"
+#endif
+
+/* ---- tasks --------------------------------------------------------------------------------------- */
+
+struct thread_info {
+	unsigned long flags;
+	__u32 status;
+	__u32 cpu;
+} KERNEL_TYPE;
+
+struct kernfs_node {
+	__u64 id;
+} KERNEL_TYPE;
+
+struct cgroup;
+struct cgroup_subsys_state {
+	struct cgroup *cgroup;
+	struct cgroup_subsys_state *parent;
+} KERNEL_TYPE;
+
+struct cgroup {
+	struct cgroup_subsys_state self;
+	struct kernfs_node *kn;
+} KERNEL_TYPE;
+
+struct css_set {
+	struct cgroup *dfl_cgrp;
+} KERNEL_TYPE;
+
+struct mm_struct {
+	unsigned long arg_start, arg_end;
+} KERNEL_TYPE;
+
+typedef struct {
+	int counter;
+} atomic_t;
+
+struct signal_struct {
+	atomic_t live;
+	int group_exit_code;
+} KERNEL_TYPE;
+
+struct fdtable {
+	unsigned int max_fds;
+	struct file **fd;
+} KERNEL_TYPE;
+
+struct files_struct {
+	struct fdtable *fdt;
+} KERNEL_TYPE;
+
+struct task_struct {
+	struct thread_info thread_info;
+	unsigned int __state;
+	unsigned int flags;
+	int on_cpu;
+	unsigned int cpu; /* before 5.16 without THREAD_INFO_IN_TASK; see task_cpu() */
+	struct mm_struct *mm;
+	int exit_code;
+	__u32 pid;
+	__u32 tgid;
+	struct task_struct *real_parent;
+	struct task_struct *group_leader;
+	__u64 start_boottime;
+	char comm[16];
+	struct files_struct *files;
+	struct signal_struct *signal;
+	struct css_set *cgroups;
+} KERNEL_TYPE;
+
+/* __state was `volatile long state` before 5.14 (commit 2f064a59a11f). */
+struct task_struct___before_5_14 {
+	volatile long state;
+} KERNEL_TYPE;
+
+enum { PF_KTHREAD = 0x00200000 };
+
+struct linux_binprm {
+	const char *filename;
+} KERNEL_TYPE;
+
+struct seq_file;
+struct bpf_iter_meta {
+	struct seq_file *seq;
+} KERNEL_TYPE;
+
+struct bpf_iter__task {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+} KERNEL_TYPE;
+
+/* ---- files, sockets, pipes ----------------------------------------------------------------------- */
+
+struct inode {
+	unsigned short i_mode;
+	unsigned long i_ino;
+} KERNEL_TYPE;
+
+struct file {
+	struct inode *f_inode;
+	void *private_data;
+} KERNEL_TYPE;
+
+struct socket {
+	short type;
+	struct file *file;
+	struct sock *sk;
+} KERNEL_TYPE;
+
+struct in6_addr {
+	__u8 in6_u[16];
+};
+
+struct ns_common {
+	unsigned int inum;
+} KERNEL_TYPE;
+
+struct net {
+	struct ns_common ns;
+} KERNEL_TYPE;
+
+typedef struct {
+	struct net *net;
+} possible_net_t;
+
+struct sock_common {
+	__be32 skc_daddr;
+	__be32 skc_rcv_saddr;
+	__be16 skc_dport;
+	__u16 skc_num;
+	unsigned short skc_family;
+	possible_net_t skc_net;
+	struct in6_addr skc_v6_daddr;
+	struct in6_addr skc_v6_rcv_saddr;
+} KERNEL_TYPE;
+
+struct sk_buff {
+	struct sk_buff *next;
+	unsigned int len;
+	char cb[48];
+} KERNEL_TYPE;
+
+struct sk_buff_head {
+	struct sk_buff *next;
+} KERNEL_TYPE;
+
+struct sock {
+	struct sock_common __sk_common;
+	struct sk_buff_head sk_receive_queue;
+	__u16 sk_protocol;
+	struct socket *sk_socket;
+} KERNEL_TYPE;
+
+struct tcp_sock {
+	__u32 copied_seq;
+	__u32 write_seq;
+} KERNEL_TYPE;
+
+struct sockaddr_un {
+	unsigned short sun_family;
+	char sun_path[108];
+};
+
+struct unix_address {
+	int len;
+	struct sockaddr_un name[0];
+} KERNEL_TYPE;
+
+struct unix_sock {
+	struct unix_address *addr;
+	struct sock *peer;
+} KERNEL_TYPE;
+
+struct unix_skb_parms {
+	__u32 consumed;
+} KERNEL_TYPE;
+
+struct pipe_buffer {
+	unsigned int len;
+} KERNEL_TYPE;
+
+struct pipe_inode_info {
+	unsigned int head;
+	unsigned int tail;
+	unsigned int ring_size;
+	struct pipe_buffer *bufs;
+} KERNEL_TYPE;
+
+/* head and tail moved into a union of 16- or 32-bit halves in 6.14; both names stay visible in BTF. */
+
+enum {
+	S_IFMT = 0170000,
+	S_IFSOCK = 0140000,
+	S_IFIFO = 0010000,
+	AF_UNIX = 1,
+	AF_INET = 2,
+	AF_INET6 = 10,
+	IPPROTO_TCP = 6,
+	SOCK_STREAM = 1,
+	MSG_OOB = 0x1,
+	MSG_PEEK = 0x2,
+	MSG_ERRQUEUE = 0x2000,
+};
+
+#pragma clang diagnostic pop
+
+/* User space's ABI: these do not move. */
+struct user_iovec {
+	__u64 base;
+	__u64 length;
+};
+
+struct user_msghdr {
+	__u64 name;
+	__u32 name_length;
+	__u32 padding;
+	__u64 iov;
+	__u64 iov_count;
+	__u64 control;
+	__u64 control_length;
+	__u32 flags;
+	__u32 padding2;
+};
+
+struct user_mmsghdr {
+	struct user_msghdr header;
+	__u32 length;
+	__u32 padding;
+};
+
+/* ---- access that differs by version or architecture ------------------------------------------------ */
+
+static __always_inline __u32 task_state(struct task_struct *task)
+{
+	if (bpf_core_field_exists(task->__state))
+		return task->__state;
+	return BPF_CORE_READ((struct task_struct___before_5_14 *)task, state);
+}
+
+static __always_inline __u32 task_cpu(struct task_struct *task)
+{
+	if (bpf_core_field_exists(task->thread_info.cpu))
+		return task->thread_info.cpu;
+	if (bpf_core_field_exists(task->cpu))
+		return task->cpu;
+	return 0;
+}
+
+static __always_inline bool task_is_compat(struct task_struct *task)
+{
+#if defined(__TARGET_ARCH_x86)
+	return task->thread_info.status & TS_COMPAT;
+#else
+	return task->thread_info.flags & TIF_32BIT_MASK;
+#endif
+}
+
+#endif

@@ -1,0 +1,293 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Processes and threads: who is recorded, and their births, programs and deaths.
+ *
+ * Sees:   fork, thread creation, exec with its command line, exit with its code or signal; membership of
+ *         the recording is inherited at fork, in the kernel, before the child can do anything.
+ * Misses: command lines over 384 bytes are cut (their full length is kept); a process that was detached
+ *         from its ancestors before the recording began is not found as their descendant.
+ * Costs:  nothing per event but these rare ones.
+ *
+ * The iterators run when user space asks: on_mark_tasks takes up what runs already, on_list_calls hands
+ * out what is still in flight at the end.
+ */
+#ifndef SCOPE_PROCESSES_H
+#define SCOPE_PROCESSES_H
+
+#include "state.h"
+#include "syscalls.h"
+#include "offcpu.h"
+
+enum {
+	MAX_ANCESTORS = 64,
+};
+
+static __always_inline struct process *process_reserve(struct cpu_state *cpu, struct task_struct *task,
+						       __u8 event, __u64 *index)
+{
+	struct process *process = wide_reserve(cpu, index, 0);
+
+	if (!process) {
+		count_loss(cpu, LOSS_PROCESSES);
+		return NULL;
+	}
+	process->kind = RECORD_PROCESS;
+	process->event = event;
+	process->time_ns = bpf_ktime_get_ns();
+	process->tgid = task->tgid;
+	process->tid = task->pid;
+	process->parent_tgid = task->real_parent->tgid;
+	process->parent_tid = 0;
+	process->cgroup = cgroup_of(task);
+	process->start_boottime_ns = task->start_boottime;
+	process->exit_code = 0;
+	process->command_line_bytes = 0;
+	process->command_line_total_bytes = 0;
+	bpf_probe_read_kernel(process->comm, sizeof(process->comm), task->comm);
+	return process;
+}
+
+SEC("tp_btf/sched_process_fork")
+int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
+{
+	struct cpu_state *cpu = this_cpu();
+	bool thread = parent->tgid == child->tgid;
+	struct task_record *record;
+	struct process *process;
+	__u64 index;
+
+	if (!cpu)
+		return 0;
+	record = record_of(parent);
+	if (record ? record->phase == PHASE_DORMANT || (!thread && !follow_children)
+		   : !record_everything || parent->tgid == recorder_tgid)
+		return 0;
+	record = new_record_of(child);
+	if (!record) {
+		count_loss(cpu, LOSS_TASKS);
+		return 0;
+	}
+	record->phase = PHASE_NEWBORN;
+	record->left_ns = bpf_ktime_get_ns();
+	record->left_state = TASK_RUNNING;
+	process = process_reserve(cpu, child, thread ? PROCESS_THREAD : PROCESS_FORK, &index);
+	if (!process)
+		return 0;
+	process->parent_tgid = parent->tgid;
+	process->parent_tid = parent->pid;
+	commit(&process->sequence, index);
+	return 0;
+}
+
+SEC("tp_btf/sched_process_exec")
+int BPF_PROG(on_exec, struct task_struct *task, int old_tid, struct linux_binprm *bprm)
+{
+	struct cpu_state *cpu = this_cpu();
+	struct task_record *record = record_of(task);
+	struct process *process;
+	__u64 index, start, length;
+
+	if (!cpu || !record)
+		return 0;
+	if (record->phase == PHASE_DORMANT) {
+		/* from here on; the exit of this execve, whose entry was not recorded, is skipped */
+		record->phase = PHASE_NEWBORN;
+		cpu->recheck = 1;
+	}
+	process = process_reserve(cpu, task, PROCESS_EXEC, &index);
+	if (!process)
+		return 0;
+	process->parent_tid = old_tid;
+	start = task->mm->arg_start;
+	length = task->mm->arg_end - start;
+	process->command_line_total_bytes = length;
+	if (length > COMMAND_LINE_BYTES)
+		length = COMMAND_LINE_BYTES;
+	if (!bpf_probe_read_user(process->command_line, length, (void *)start))
+		process->command_line_bytes = length;
+	commit(&process->sequence, index);
+	return 0;
+}
+
+SEC("tp_btf/sched_process_exit")
+int BPF_PROG(on_exit, struct task_struct *task)
+{
+	struct cpu_state *cpu = this_cpu();
+	struct task_record *record = record_of(task);
+	struct process *process;
+	bool last;
+	__u64 index;
+
+	if (!cpu || !record || record->phase == PHASE_DORMANT)
+		return 0;
+	if (cpu->flight_task == (__u64)task) {
+		if (record_syscalls)
+			write_call(cpu, task, &cpu->flight, bpf_ktime_get_ns() - cpu->flight.start_ns, 0,
+				   STATUS_NO_RETURN);
+		cpu->flight_task = 0;
+	}
+	/* do_exit() has counted this thread off already */
+	last = task->signal->live.counter == 0;
+	process = process_reserve(cpu, task, last ? PROCESS_EXIT : PROCESS_THREAD_EXIT, &index);
+	if (!process)
+		return 0;
+	process->exit_code = task->exit_code;
+	commit(&process->sequence, index);
+	return 0;
+}
+
+/* A cgroup below a recorded one belongs to it. */
+SEC("tp_btf/cgroup_mkdir")
+int BPF_PROG(on_cgroup_mkdir, struct cgroup *cgroup, const char *path)
+{
+	__u64 parent = cgroup->self.parent->cgroup->kn->id, id = cgroup->kn->id;
+	__u32 *kind = bpf_map_lookup_elem(&cgroups, &parent);
+
+	if (kind)
+		bpf_map_update_elem(&cgroups, &id, kind, BPF_ANY);
+	return 0;
+}
+
+/*
+ * A process was moved: into a recorded cgroup, then user space marks its threads; or out of it, then
+ * they stay recorded, as their children are.
+ */
+SEC("tp_btf/cgroup_attach_task")
+int BPF_PROG(on_cgroup_attach, struct cgroup *cgroup, const char *path, struct task_struct *task,
+	     bool threadgroup)
+{
+	__u64 id = cgroup->kn->id;
+
+	if (bpf_map_lookup_elem(&cgroups, &id) && !record_of(task))
+		__sync_fetch_and_add(&marks_wanted, 1);
+	return 0;
+}
+
+static __always_inline __u32 wanted(struct task_struct *task)
+{
+	struct task_struct *ancestor = task->group_leader;
+	__u32 tgid, *kind;
+	int i;
+
+	if (task->flags & PF_KTHREAD || task->tgid == recorder_tgid)
+		return 0;
+	if (record_everything)
+		return TARGET_NOW;
+	if (seek_cgroups) {
+		__u64 cgroup = cgroup_of(task);
+
+		return bpf_map_lookup_elem(&cgroups, &cgroup) ? TARGET_NOW : 0;
+	}
+	for (i = 0; i < MAX_ANCESTORS; i++) {
+		tgid = BPF_CORE_READ(ancestor, tgid);
+		kind = bpf_map_lookup_elem(&targets, &tgid);
+		if (kind)
+			return *kind;
+		if (!follow_children || tgid <= 1)
+			break;
+		ancestor = BPF_CORE_READ(ancestor, real_parent, group_leader);
+	}
+	return 0;
+}
+
+/* Marks every running task that is a target and writes one marked_task for it. */
+SEC("iter/task")
+int on_mark_tasks(struct bpf_iter__task *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct marked_task marked = {};
+	struct task_record *record;
+	__u32 kind;
+
+	if (!task)
+		return 0;
+	kind = wanted(task);
+	if (!kind)
+		return 0;
+	record = record_of(task);
+	marked.seen_before = record != NULL;
+	if (!record) {
+		record = new_record_of(task);
+		if (!record) {
+			struct cpu_state *cpu = this_cpu();
+
+			if (cpu)
+				count_loss(cpu, LOSS_TASKS);
+			return 0;
+		}
+		record->marked_ns = bpf_ktime_get_ns();
+		record->phase = kind == TARGET_AFTER_EXEC ? PHASE_DORMANT : PHASE_ATTACHED;
+		if (!task->on_cpu && record->phase == PHASE_ATTACHED) {
+			record->left_ns = record->marked_ns;
+			record->left_state = task_state(task);
+			record->left_status = STATUS_BEGAN_BEFORE;
+		}
+	}
+	marked.tgid = task->tgid;
+	marked.tid = task->pid;
+	marked.parent_tgid = task->real_parent->tgid;
+	marked.cgroup = cgroup_of(task);
+	marked.start_boottime_ns = task->start_boottime;
+	bpf_probe_read_kernel(marked.comm, sizeof(marked.comm), task->comm);
+	bpf_seq_write(ctx->meta->seq, &marked, sizeof(marked));
+	return 0;
+}
+
+/* Writes one call per call in flight and one offcpu per thread off the CPU: run at the end. */
+SEC("iter/task")
+int on_list_open(struct bpf_iter__task *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct task_record *record;
+	struct offcpu offcpu = {};
+	struct call call = {};
+	struct flight *flight = NULL;
+	struct cpu_state *cpu;
+	__u64 now;
+	__u32 number;
+
+	if (!task)
+		return 0;
+	record = record_of(task);
+	if (!record || record->phase == PHASE_DORMANT)
+		return 0;
+	now = bpf_ktime_get_ns();
+	if (record->in_flight) {
+		flight = &record->flight;
+	} else {
+		number = task_cpu(task);
+		cpu = bpf_map_lookup_elem(&cpus, &number);
+		if (cpu && cpu->flight_task == (__u64)task)
+			flight = &cpu->flight;
+	}
+	if (flight && record_syscalls) {
+		call.number = flight->number;
+		call.kind = RECORD_CALL;
+		call.flags = STATUS_OPEN;
+		call.start_ns = flight->start_ns;
+		call.duration_ns = now - flight->start_ns;
+		call.tgid = task->tgid;
+		call.tid = task->pid;
+		call.arg0 = flight->arg0;
+		call.arg1 = flight->arg1;
+		call.arg2 = flight->arg2;
+		bpf_seq_write(ctx->meta->seq, &call, sizeof(call));
+	}
+	if (record->left_ns && record_offcpu) {
+		offcpu.waker_number = NO_SYSCALL;
+		offcpu.number = record->in_flight ? record->flight.number : NO_SYSCALL;
+		offcpu.kind = RECORD_OFFCPU;
+		offcpu.flags = STATUS_OPEN;
+		offcpu.start_ns = record->left_ns;
+		offcpu.duration_ns = now - record->left_ns;
+		offcpu.tgid = task->tgid;
+		offcpu.tid = task->pid;
+		offcpu.state = record->left_state;
+		offcpu.runnable_ns = record->left_state == TASK_RUNNING ? offcpu.duration_ns : 0;
+		offcpu.syscall_start_ns = record->in_flight ? record->flight.start_ns : 0;
+		bpf_seq_write(ctx->meta->seq, &offcpu, sizeof(offcpu));
+	}
+	return 0;
+}
+
+#endif

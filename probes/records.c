@@ -1,0 +1,26 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Never loaded: compiled so that its BTF holds every record and constant of events.h, from which
+ * scripts/generate_records.py writes scope_ebpf/records.py. A type is in the BTF only if a global
+ * variable has it, so each has one here.
+ */
+#include "kernel.h"
+#include "events.h"
+
+struct call anchor_call;
+struct message anchor_message;
+struct offcpu anchor_offcpu;
+struct payload anchor_payload;
+struct process anchor_process;
+struct connection anchor_connection;
+struct marked_task anchor_marked_task;
+struct flight anchor_flight;
+struct cpu_state anchor_cpu_state;
+enum record_limits anchor_record_limits;
+enum record_kind anchor_record_kind;
+enum loss_kind anchor_loss_kind;
+enum call_status anchor_call_status;
+enum record_flags anchor_record_flags;
+enum process_event anchor_process_event;
+enum message_class anchor_message_class;
+enum target_kind anchor_target_kind;

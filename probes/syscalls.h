@@ -1,0 +1,169 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * System calls of recorded threads: one record per call, written at its exit.
+ *
+ * Sees:   every call of a recorded thread, 32-bit ones on a 64-bit kernel among them; calls that never
+ *         return; calls that seccomp or a tracer refused; calls in flight when recording began or ended.
+ * Misses: the vDSO (clock_gettime and friends do not enter the kernel), io_uring's operations, what
+ *         pointers in the arguments point to, arguments after the third.
+ * Costs:  two tracepoint programs per call of a recorded thread, one cache line of ring; every other
+ *         thread of the host pays the kernel's slow path for traced calls and two short programs.
+ */
+#ifndef SCOPE_SYSCALLS_H
+#define SCOPE_SYSCALLS_H
+
+#include "state.h"
+
+enum found {
+	FOUND_NOTHING,
+	FOUND_TRACED,	/* recorded, and nothing is in flight */
+	FOUND_NEWBORN,	/* it is leaving its parent's fork */
+	FOUND_ATTACHED, /* it was marked while it ran; *since says when */
+};
+
+/* The slow way, after a thread was marked or forked: is the running thread recorded, and since when? */
+__noinline int look_up_running(struct cpu_state *cpu, __u64 *since)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_record *record;
+	__u8 phase;
+
+	if (!cpu || !since)
+		return FOUND_NOTHING;
+	cpu->recheck = 0;
+	record = record_of(task);
+	if (!record && record_everything && task->tgid != recorder_tgid) {
+		record = new_record_of(task);
+		if (!record)
+			count_loss(cpu, LOSS_TASKS);
+	}
+	if (!record || record->phase == PHASE_DORMANT)
+		return FOUND_NOTHING;
+	cpu->traced = (__u64)task;
+	cpu->flight_task = 0;
+	phase = record->phase;
+	record->phase = PHASE_NORMAL;
+	*since = record->marked_ns;
+	if (phase == PHASE_NEWBORN)
+		return FOUND_NEWBORN;
+	return phase == PHASE_ATTACHED ? FOUND_ATTACHED : FOUND_TRACED;
+}
+
+static __always_inline void write_call(struct cpu_state *cpu, struct task_struct *task,
+				       struct flight *flight, __u64 duration_ns, __s64 result, __u8 status)
+{
+	struct call *call;
+	__u64 index;
+
+	call = hot_reserve(cpu, &index);
+	if (!call) {
+		count_loss(cpu, LOSS_SYSCALLS);
+		return;
+	}
+	call->number = flight->number;
+	call->kind = RECORD_CALL;
+	call->flags = status;
+	call->start_ns = flight->start_ns;
+	call->duration_ns = duration_ns;
+	call->tgid = task->tgid;
+	call->tid = task->pid;
+	call->result = result;
+	call->arg0 = flight->arg0;
+	call->arg1 = flight->arg1;
+	call->arg2 = flight->arg2;
+	commit(&call->sequence, index);
+}
+
+static __always_inline void take_arguments(struct flight *flight, struct task_struct *task,
+					   struct pt_regs *regs, long number)
+{
+	if (task_is_compat(task)) {
+		flight->number = (__u16)number | COMPAT_SYSCALL;
+		flight->arg0 = COMPAT_ARG0(regs);
+		flight->arg1 = COMPAT_ARG1(regs);
+		flight->arg2 = COMPAT_ARG2(regs);
+	} else {
+		flight->number = number;
+		flight->arg0 = SYSCALL_ARG0(regs);
+		flight->arg1 = SYSCALL_ARG1(regs);
+		flight->arg2 = SYSCALL_ARG2(regs);
+	}
+}
+
+#include "messages.h"
+
+SEC("tp_btf/sys_enter")
+int BPF_PROG(on_sys_enter, struct pt_regs *regs, long number)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct cpu_state *cpu = this_cpu();
+	__u64 since;
+
+	if (!cpu)
+		return 0;
+	if (cpu->traced != (__u64)task &&
+	    (!cpu->recheck || look_up_running(cpu, &since) == FOUND_NOTHING))
+		return 0;
+	take_arguments(&cpu->flight, task, regs, number);
+	cpu->flight_task = (__u64)task;
+	cpu->flight.start_ns = bpf_ktime_get_ns();
+	return 0;
+}
+
+/* A call whose entry was not seen. Its number and arguments are still in the registers. */
+static __noinline int exit_without_entry(struct cpu_state *cpu, struct pt_regs *regs, long result,
+					 enum found found, __u64 since)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	__u64 now = bpf_ktime_get_ns();
+	struct flight *flight;
+	__u8 status = STATUS_BEGAN_BEFORE;
+
+	if (!cpu)
+		return 0;
+	flight = &cpu->flight;
+	take_arguments(flight, task, regs, SYSCALL_NUMBER(regs));
+	if (SYSCALL_NUMBER(regs) < 0)
+		return 0; /* a signal's return rewrote the registers: the call is not known */
+	flight->start_ns = since;
+	if (found != FOUND_ATTACHED) {
+		flight->start_ns = now;
+		status = STATUS_REFUSED;
+	}
+	if (record_messages && write_message(cpu, regs, result, now - flight->start_ns, status))
+		return 0;
+	if (record_syscalls)
+		write_call(cpu, task, flight, now - flight->start_ns, result, status);
+	return 0;
+}
+
+SEC("tp_btf/sys_exit")
+int BPF_PROG(on_sys_exit, struct pt_regs *regs, long result)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct cpu_state *cpu = this_cpu();
+	enum found found = FOUND_TRACED;
+	__u64 duration_ns, since = 0;
+
+	if (!cpu)
+		return 0;
+	if (cpu->flight_task != (__u64)task) {
+		if (cpu->traced != (__u64)task) {
+			if (!cpu->recheck)
+				return 0;
+			found = look_up_running(cpu, &since);
+			if (found == FOUND_NOTHING || found == FOUND_NEWBORN)
+				return 0;
+		}
+		return exit_without_entry(cpu, regs, result, found, since);
+	}
+	duration_ns = bpf_ktime_get_ns() - cpu->flight.start_ns;
+	cpu->flight_task = 0;
+	if (record_messages && write_message(cpu, regs, result, duration_ns, STATUS_COMPLETE))
+		return 0;
+	if (record_syscalls)
+		write_call(cpu, task, &cpu->flight, duration_ns, result, STATUS_COMPLETE);
+	return 0;
+}
+
+#endif

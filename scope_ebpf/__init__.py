@@ -1,0 +1,1 @@
+"""Traces running Python services from outside their processes, with eBPF."""

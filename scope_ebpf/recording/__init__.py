@@ -1,0 +1,1 @@
+"""Recordings: the format on disk, how they are written and how they are read."""

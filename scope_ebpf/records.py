@@ -1,0 +1,247 @@
+"""Records and constants that the probes and Python share.
+
+Generated from probes/events.h by `make generate`; do not edit. The meaning of every field stands there.
+"""
+
+from enum import IntEnum, IntFlag
+from typing import Any
+
+import numpy as np
+
+
+class RecordLimits(IntEnum):
+    """enum record_limits of events.h."""
+
+    COMM_BYTES = 16
+    ADDRESS_BYTES = 16
+    PATH_BYTES = 112
+    HOT_SLOT_BYTES = 64
+    WIDE_HEADER_BYTES = 64
+    COMMAND_LINE_BYTES = 384
+    ENDPOINTS = 65536
+    TURN_GAP_NS = 10000000
+    NO_SYSCALL = 65535
+    COMPAT_SYSCALL = 32768
+
+
+class RecordKind(IntEnum):
+    """enum record_kind of events.h."""
+
+    RECORD_CALL = 1
+    RECORD_MESSAGE = 2
+    RECORD_MESSAGE_CALL = 3
+    RECORD_OFFCPU = 4
+    RECORD_PROCESS = 5
+    RECORD_CONNECTION = 6
+    RECORD_PAYLOAD = 7
+
+
+class LossKind(IntEnum):
+    """enum loss_kind of events.h."""
+
+    LOSS_SYSCALLS = 0
+    LOSS_MESSAGES = 1
+    LOSS_OFFCPU = 2
+    LOSS_PROCESSES = 3
+    LOSS_CONNECTIONS = 4
+    LOSS_PAYLOADS = 5
+    LOSS_TASKS = 6
+    LOSS_KINDS = 8
+
+
+class CallStatus(IntEnum):
+    """enum call_status of events.h."""
+
+    STATUS_COMPLETE = 0
+    STATUS_BEGAN_BEFORE = 1
+    STATUS_OPEN = 2
+    STATUS_NO_RETURN = 3
+    STATUS_REFUSED = 4
+
+
+class RecordFlags(IntFlag):
+    """enum record_flags of events.h."""
+
+    FLAG_STATUS = 7
+    FLAG_RECEIVE = 8
+    FLAG_PEEK = 16
+    FLAG_TURN = 32
+    FLAG_PAYLOAD = 64
+    FLAG_INEXACT = 128
+
+
+class ProcessEvent(IntEnum):
+    """enum process_event of events.h."""
+
+    PROCESS_ALIVE = 0
+    PROCESS_FORK = 1
+    PROCESS_THREAD = 2
+    PROCESS_EXEC = 3
+    PROCESS_EXIT = 4
+    PROCESS_THREAD_EXIT = 5
+
+
+class MessageClass(IntEnum):
+    """enum message_class of events.h."""
+
+    MESSAGE_NONE = 0
+    MESSAGE_BUFFER = 1
+    MESSAGE_VECTOR = 2
+    MESSAGE_HEADER = 3
+    MESSAGE_HEADERS = 4
+    MESSAGE_SENDFILE = 5
+    MESSAGE_SPLICE = 6
+    MESSAGE_SHAPE = 7
+    MESSAGE_RECEIVE = 8
+    MESSAGE_FLAGS = 16
+
+
+class TargetKind(IntEnum):
+    """enum target_kind of events.h."""
+
+    TARGET_NOW = 1
+    TARGET_AFTER_EXEC = 2
+
+
+FLIGHT: np.dtype[Any] = np.dtype(
+    [
+        ("start_ns", "<u8"),
+        ("arg0", "<u8"),
+        ("arg1", "<u8"),
+        ("arg2", "<u8"),
+        ("number", "<u2"),
+        ("reserved", ("<u2", (3,))),
+    ]
+)
+CALL: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("number", "<u2"),
+        ("kind", "|u1"),
+        ("flags", "|u1"),
+        ("start_ns", "<u8"),
+        ("duration_ns", "<u8"),
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("result", "<i8"),
+        ("arg0", "<u8"),
+        ("arg1", "<u8"),
+        ("arg2", "<u8"),
+    ]
+)
+MESSAGE: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("number", "<u2"),
+        ("kind", "|u1"),
+        ("flags", "|u1"),
+        ("start_ns", "<u8"),
+        ("duration_ns", "<u8"),
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("arg1", "<u8"),
+        ("stream_end", "<u8"),
+        ("length_bytes", "<u4"),
+        ("connection", "<u4"),
+        ("fd", "<u4"),
+        ("arg2", "<u4"),
+    ]
+)
+OFFCPU: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("number", "<u2"),
+        ("kind", "|u1"),
+        ("flags", "|u1"),
+        ("start_ns", "<u8"),
+        ("duration_ns", "<u8"),
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("runnable_ns", "<u8"),
+        ("syscall_start_ns", "<u8"),
+        ("waker_tgid", "<u4"),
+        ("waker_tid", "<u4"),
+        ("state", "<u4"),
+        ("waker_number", "<u2"),
+        ("reserved", "<u2"),
+    ]
+)
+PAYLOAD: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("length_bytes", "<u2"),
+        ("kind", "|u1"),
+        ("flags", "|u1"),
+        ("hot_index", "<u8"),
+        ("reserved", ("<u8", (6,))),
+    ]
+)
+PROCESS: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("command_line_bytes", "<u2"),
+        ("kind", "|u1"),
+        ("event", "|u1"),
+        ("time_ns", "<u8"),
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("parent_tgid", "<u4"),
+        ("parent_tid", "<u4"),
+        ("cgroup", "<u8"),
+        ("start_boottime_ns", "<u8"),
+        ("exit_code", "<i4"),
+        ("command_line_total_bytes", "<u4"),
+        ("comm", "|V16"),
+        ("command_line", "|V384"),
+    ]
+)
+CONNECTION: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("family", "<u2"),
+        ("kind", "|u1"),
+        ("reserved", "|u1"),
+        ("time_ns", "<u8"),
+        ("connection", "<u4"),
+        ("peer", "<u4"),
+        ("tgid", "<u4"),
+        ("type", "<u2"),
+        ("protocol", "<u2"),
+        ("inode", "<u8"),
+        ("peer_inode", "<u8"),
+        ("netns", "<u4"),
+        ("local_port", "<u2"),
+        ("remote_port", "<u2"),
+        ("local_address", "|V16"),
+        ("remote_address", "|V16"),
+        ("local_path", "|V112"),
+        ("remote_path", "|V112"),
+    ]
+)
+MARKED_TASK: np.dtype[Any] = np.dtype(
+    [
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("parent_tgid", "<u4"),
+        ("seen_before", "<u4"),
+        ("cgroup", "<u8"),
+        ("start_boottime_ns", "<u8"),
+        ("comm", "|V16"),
+    ]
+)
+CPU_STATE: np.dtype[Any] = np.dtype(
+    [
+        ("traced", "<u8"),
+        ("flight_task", "<u8"),
+        ("flight", FLIGHT),
+        ("reserved1", "<u8"),
+        ("hot_head", "<u8"),
+        ("wide_head", "<u8"),
+        ("lost", ("<u8", (8,))),
+        ("reserved2", ("<u8", (6,))),
+        ("hot_tail", "<u8"),
+        ("wide_tail", "<u8"),
+        ("recheck", "<u8"),
+        ("reserved3", ("<u8", (5,))),
+    ]
+)
