@@ -54,6 +54,7 @@ enum call_status {
 	STATUS_BEGAN_BEFORE = 1, /* it ran when the recording began: start is when it was first seen */
 	STATUS_OPEN = 2,	 /* it still ran when the recording ended: duration is up to there */
 	STATUS_NO_RETURN = 3,	 /* the thread ended inside it */
+	STATUS_THROUGHOUT = 5,	 /* both: it ran from before the recording to after its end */
 	STATUS_REFUSED = 4,	 /* seccomp or a tracer refused it before it began: no duration */
 };
 

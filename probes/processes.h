@@ -241,7 +241,8 @@ int on_list_open(struct bpf_iter__task *ctx)
 	struct task_record *record;
 	struct offcpu offcpu = {};
 	struct call call = {};
-	struct flight *flight = NULL;
+	struct flight *flight = NULL, before = {};
+	__u8 status = STATUS_OPEN;
 	struct cpu_state *cpu;
 	__u64 now;
 	__u32 number;
@@ -254,6 +255,15 @@ int on_list_open(struct bpf_iter__task *ctx)
 	now = bpf_ktime_get_ns();
 	if (record->in_flight) {
 		flight = &record->flight;
+	} else if (record->phase == PHASE_ATTACHED && record->left_state != TASK_RUNNING) {
+		/* it has slept since before the recording, so it is inside a call */
+		struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
+
+		take_arguments(&before, task, regs, SYSCALL_NUMBER(regs));
+		before.start_ns = record->marked_ns;
+		status = STATUS_THROUGHOUT;
+		if (SYSCALL_NUMBER(regs) >= 0)
+			flight = &before;
 	} else {
 		number = task_cpu(task);
 		cpu = bpf_map_lookup_elem(&cpus, &number);
@@ -263,7 +273,7 @@ int on_list_open(struct bpf_iter__task *ctx)
 	if (flight && record_syscalls) {
 		call.number = flight->number;
 		call.kind = RECORD_CALL;
-		call.flags = STATUS_OPEN;
+		call.flags = status;
 		call.start_ns = flight->start_ns;
 		call.duration_ns = now - flight->start_ns;
 		call.tgid = task->tgid;
@@ -275,16 +285,16 @@ int on_list_open(struct bpf_iter__task *ctx)
 	}
 	if (record->left_ns && record_offcpu) {
 		offcpu.waker_number = NO_SYSCALL;
-		offcpu.number = record->in_flight ? record->flight.number : NO_SYSCALL;
+		offcpu.number = flight ? flight->number : NO_SYSCALL;
 		offcpu.kind = RECORD_OFFCPU;
-		offcpu.flags = STATUS_OPEN;
+		offcpu.flags = record->left_status == STATUS_BEGAN_BEFORE ? STATUS_THROUGHOUT : STATUS_OPEN;
 		offcpu.start_ns = record->left_ns;
 		offcpu.duration_ns = now - record->left_ns;
 		offcpu.tgid = task->tgid;
 		offcpu.tid = task->pid;
 		offcpu.state = record->left_state;
 		offcpu.runnable_ns = record->left_state == TASK_RUNNING ? offcpu.duration_ns : 0;
-		offcpu.syscall_start_ns = record->in_flight ? record->flight.start_ns : 0;
+		offcpu.syscall_start_ns = flight ? flight->start_ns : 0;
 		bpf_seq_write(ctx->meta->seq, &offcpu, sizeof(offcpu));
 	}
 	return 0;

@@ -56,6 +56,7 @@ class CallStatus(IntEnum):
     STATUS_BEGAN_BEFORE = 1
     STATUS_OPEN = 2
     STATUS_NO_RETURN = 3
+    STATUS_THROUGHOUT = 5
     STATUS_REFUSED = 4
 
 

@@ -1,12 +1,19 @@
 """What a recording is on disk: the tables, their columns and units, and meta.json.
 
 A recording is a directory NAME.scope with `meta.json` and one folder per table, which holds Parquet
-segments `000001.parquet`, `000002.parquet`, … Each segment is written aside as `.NAME.part` and renamed
-when it is complete, so that whatever has its final name is whole. Segments follow each other in time;
-rows within a segment are sorted by their first column. All times are CLOCK_MONOTONIC nanoseconds of the
-recorded host (meta.json tells how to turn them into wall clock time).
+segments `000001-9f3a12bc.parquet`, `000002-04c1d77e.parquet`, …: a number that counts up from 1
+without a gap, and the CRC-32 of the file's bytes, since Parquet readers do not notice most flipped
+bits. Each segment is written aside as `.NAME.part` and renamed when it is complete, so that
+whatever has its final name is whole, and says so. Segments follow each other in time; rows within a
+segment are sorted by their first column. All times are CLOCK_MONOTONIC nanoseconds of the recorded
+host (meta.json tells how to turn them into wall clock time).
 """
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import polars as pl
 
 FORMAT_VERSION = 1
@@ -114,8 +121,47 @@ SCHEMAS: dict[str, pl.Schema] = {
         {
             "time_ns": pl.Int64,  # begin of the second
             "cpu": pl.UInt16,
-            "table": pl.String,  # a table, `payloads` (heads only) or `tasks` (threads not taken up)
+            "table": pl.String,  # a table, `payloads` (heads) or `tasks` (threads not taken up)
             "lost": pl.UInt64,
         }
     ),
 }
+
+_SEGMENT_NAME = re.compile(r"([0-9]{6,9})-([0-9a-f]{8})\.parquet")
+
+
+def segment_name(number: int, crc32: int) -> str:
+    """The file name of a segment: its number, counted from 1, and zlib.crc32 of all its bytes.
+
+    >>> segment_name(1, 0x9F3A12BC)
+    '000001-9f3a12bc.parquet'
+    """
+    return f"{number:06d}-{crc32:08x}.parquet"
+
+
+def parse_segment_name(name: str) -> tuple[int, int] | None:
+    """Number and CRC-32 of a segment by its file name; None if it is not a segment's name.
+
+    >>> parse_segment_name("000001-9f3a12bc.parquet")
+    (1, 2671383228)
+    >>> parse_segment_name("000001.parquet") is None
+    True
+    """
+    match = _SEGMENT_NAME.fullmatch(name)
+    if match is None:
+        return None
+    number, crc32 = int(match[1]), int(match[2], 16)
+    # One number has one spelling: 0000001 would be a second segment 1.
+    return (number, crc32) if number and segment_name(number, crc32) == name else None
+
+
+def frame(table: str, columns: Mapping[str, Any]) -> pl.DataFrame:
+    """A DataFrame with the table's schema, from one array or series per column."""
+    return pl.DataFrame(
+        [
+            pl.Series(name, columns[name], dtype=dtype, strict=False)
+            if not isinstance(columns[name], np.ndarray)
+            else pl.Series(name, np.ascontiguousarray(columns[name])).cast(dtype)
+            for name, dtype in SCHEMAS[table].items()
+        ]
+    )

@@ -1,0 +1,469 @@
+"""What works on this machine: every check tries the thing, instead of comparing versions.
+
+For each family of probes a small process is started and recorded, and what it did is counted.
+Nothing else is recorded, and nothing stays loaded.
+"""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from scope_ebpf.errors import FormatError, ScopeError
+from scope_ebpf.loaders import cgroups, privileges
+from scope_ebpf.loaders.capture import (
+    FAMILIES,
+    HOT_BYTES_IN_ALL,
+    OBJECT,
+    WIDE_BYTES_IN_ALL,
+    Batch,
+    Capture,
+    CaptureOptions,
+    check_layout,
+)
+from scope_ebpf.loaders.libbpf import BpfObject, library
+from scope_ebpf.records import (
+    CALL,
+    MESSAGE,
+    OFFCPU,
+    CallStatus,
+    ProcessEvent,
+    RecordFlags,
+    RecordKind,
+)
+from scope_ebpf.syscalls import syscall_names
+
+# include/linux/proc_ns.h: the inodes of the namespaces that the kernel boots with.
+INITIAL_USER_NAMESPACE = 0xEFFFFFFD
+INITIAL_PID_NAMESPACE = 0xEFFFFFFC
+
+TIMES = 23
+SLEEP_NS = 500_000
+# Writes one byte when it is ready and waits for one; then a call, a message and a sleep, 23 times.
+WORKLOAD = f"""
+import os, time
+os.write(1, b"r")
+os.read(0, 1)
+for _ in range({TIMES}):
+    os.getppid()
+    os.write(1, b"x")
+    time.sleep({SLEEP_NS / 1e9})
+"""
+WHAT_IS_COUNTED = {
+    "processes": "exits of a process",
+    "syscalls": "getppid calls",
+    "messages": "messages",
+    "offcpu": "sleeps",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found.
+
+    Attributes:
+        name: what was tried.
+        works: whether it works; None if it is told for information only.
+        detail: the fact.
+        cause: why it does not work or matters; empty if there is nothing to say.
+        fix: the next step, if there is one.
+        family: this is a family of probes.
+    """
+
+    name: str
+    works: bool | None
+    detail: str
+    cause: str = ""
+    fix: str = ""
+    family: bool = False
+
+
+def examine() -> list[Check]:
+    """Check everything, in an order in which each check may explain the next one. Takes a second.
+
+    Never raises for what it examines, and needs no privileges to tell which are missing.
+    """
+    checks = [
+        check_libbpf(),
+        check_object(),
+        check_kernel_btf(),
+        check_capabilities(),
+        check_namespace("user", INITIAL_USER_NAMESPACE),
+        check_namespace("pid", INITIAL_PID_NAMESPACE),
+        check_memory(),
+    ]
+    obstacle = next((check for check in checks if _explains_refusals(check)), None)
+    checks += [check_family(family, obstacle) for family in FAMILIES]
+    checks += [
+        tell_lockdown(),
+        tell_cgroups(),
+        tell_tracefs(),
+        tell_settings(),
+        tell_statistics(),
+    ]
+    return checks
+
+
+def families(checks: list[Check]) -> dict[str, bool]:
+    """Whether each family works, by its name."""
+    return {check.name: check.works is True for check in checks if check.family}
+
+
+# ---- what is needed ----
+
+
+def check_libbpf() -> Check:
+    """Load libbpf and ask for its version."""
+    try:
+        version = library().version().decode()
+    except ScopeError as error:
+        return failed("libbpf", error)
+    return Check("libbpf", True, f"libbpf {version}")
+
+
+def check_object(path: Path = OBJECT) -> Check:
+    """Open the programs and compare their records with those that Python reads."""
+    try:
+        with BpfObject(path) as opened:
+            check_layout(opened)
+            count = len(opened.program_names())
+    except ScopeError as error:
+        return failed("programs", error)
+    return Check("programs", True, f"{path.name}: {count} programs, whose records Python knows")
+
+
+def check_kernel_btf() -> Check:
+    """Load the kernel's type information as libbpf does it for a program."""
+    name = "kernel BTF"
+    try:
+        handle = library().kernel_btf()
+    except ScopeError as error:
+        return failed(name, error)
+    if not handle:
+        return Check(
+            name,
+            False,
+            f"no type information of Linux {platform.release()}",
+            "/sys/kernel/btf/vmlinux is not there or not readable",
+            "mount /sys, or boot a kernel with CONFIG_DEBUG_INFO_BTF, as Debian's and Ubuntu's",
+        )
+    library().btf_free(handle)
+    return Check(name, True, f"Linux {platform.release()} on {platform.machine()}")
+
+
+def check_capabilities(held: privileges.Capabilities | None = None) -> Check:
+    """Which capabilities are missing, and whether they could be had."""
+    name = "capabilities"
+    try:
+        sets = privileges.current() if held is None else held
+    except ScopeError as error:
+        return failed(name, error)
+    absent = privileges.missing(sets.effective)
+    if not absent:
+        return Check(name, True, "all that are needed: " + listed(privileges.NEEDED))
+    verb = "is" if len(absent) == 1 else "are"
+    purposes = []
+    if set(absent) - set(privileges.NEEDED_TO_LOOK):
+        purposes.append("load and attach programs")
+    if set(absent) & set(privileges.NEEDED_TO_LOOK):
+        purposes.append("look at processes of other users")
+    if set(absent) <= sets.bounding:
+        fix = "run it with sudo, or as a service with AmbientCapabilities=" + " ".join(
+            privileges.NEEDED
+        )
+    else:
+        options = " ".join(f"--cap-add={item.removeprefix('CAP_')}" for item in absent)
+        fix = f"run it on the host, or start the container with {options}"
+    return Check(
+        name,
+        False,
+        f"{listed(absent)} {verb} missing",
+        "the kernel asks for that to " + " and to ".join(purposes),
+        fix,
+    )
+
+
+def check_namespace(kind: str, initial: int) -> Check:
+    """BPF counts capabilities (user) and tgids (pid) in the namespace of the host."""
+    name = f"{kind} namespace"
+    try:
+        inode = os.stat(f"/proc/self/ns/{kind}").st_ino
+    except OSError as error:
+        return Check(
+            name,
+            False,
+            f"cannot look at /proc/self/ns/{kind}",
+            error.strerror or str(error),
+            "mount /proc: `sudo mount -t proc proc /proc`",
+        )
+    if inode == initial:
+        return Check(name, True, "the host's")
+    cause, fix = {
+        "user": ("capabilities do not count for BPF in it", "run it outside, as root of the host"),
+        "pid": (
+            "probes see the host's process numbers, which differ from the ones in here",
+            "run it on the host, or start the container with --pid=host",
+        ),
+    }[kind]
+    return Check(name, False, "not the host's, so this runs in a container", cause, fix)
+
+
+def check_memory(meminfo: str | None = None) -> Check:
+    """Whether there is room for the rings of a recording with default sizes."""
+    name, need = "memory", HOT_BYTES_IN_ALL + WIDE_BYTES_IN_ALL
+    try:
+        text = Path("/proc/meminfo").read_text() if meminfo is None else meminfo
+        free = available_bytes(text)
+    except (OSError, FormatError) as error:
+        return Check(name, False, "cannot read /proc/meminfo", str(error), "mount /proc")
+    detail = f"{free >> 20} MiB available, and the rings take about {need >> 20} MiB"
+    if free >= 2 * need:
+        return Check(name, True, detail)
+    return Check(
+        name,
+        False,
+        detail,
+        "less than twice that is left, so recording may push others out of memory",
+        "free memory first",
+    )
+
+
+def available_bytes(meminfo: str) -> int:
+    """MemAvailable of the text of /proc/meminfo, in bytes.
+
+    Raises:
+        FormatError: it is not there.
+    """
+    for line in meminfo.split("\n"):
+        fields = line.split()
+        if fields[:1] == ["MemAvailable:"] and len(fields) > 1:
+            digits = fields[1]
+            if digits.isascii() and digits.isdecimal() and len(digits) < 20:
+                return int(digits) << 10
+    raise FormatError("it has no MemAvailable line")
+
+
+# ---- families ----
+
+
+def check_family(family: str, obstacle: Check | None = None) -> Check:
+    """Record a small process of our own with one family of probes, and count.
+
+    Args:
+        family: one of capture.FAMILIES.
+        obstacle: a check that failed before and explains it if the kernel refuses.
+    """
+    if obstacle is not None and obstacle.name == "pid namespace":
+        # A process number of ours would name a stranger's process on the host.
+        return _blamed(family, "not tried", obstacle)
+    try:
+        found = record_workload(family)
+    except ScopeError as error:
+        if obstacle is not None:
+            return _blamed(family, str(error).partition(": ")[0], obstacle)
+        return failed(family, error, family=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Check(family, False, "cannot run the process to record", str(error), "", family=True)
+    expected = 1 if family == "processes" else TIMES
+    detail = f"recorded {found} of {expected} {WHAT_IS_COUNTED[family]}"
+    if found == expected or (family == "offcpu" and found > expected):  # a busy host adds waits
+        return Check(family, True, detail, family=True)
+    return Check(
+        family,
+        False,
+        detail,
+        "the probes are attached, but do not see everything on this kernel",
+        "report it as a bug, with the output of `scope-ebpf doctor --json`",
+        family=True,
+    )
+
+
+def record_workload(family: str) -> int:
+    """Record WORKLOAD with one family of probes; returns how many of its events were seen.
+
+    Raises:
+        ScopeError: the kernel refuses the probes, with the reason.
+    """
+    with workload() as (process, begin):
+        options = CaptureOptions(tgids=(process.pid,), families=(family,), follow=False)
+        with Capture(options) as capture:
+            capture.start()
+            begin()
+            process.wait(timeout=10)
+            capture.stop()
+            return count_events(family, capture.drain())
+
+
+@contextmanager
+def workload() -> Iterator[tuple["subprocess.Popen[bytes]", Callable[[], None]]]:
+    """A process that waits to do its work, and the function that lets it; killed at the end."""
+    command = [sys.executable, "-I", "-S", "-c", WORKLOAD]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        ours, theirs = _pipe(process.stdin), _pipe(process.stdout)
+        try:
+            theirs.read(1)
+
+            def begin() -> None:
+                ours.write(b"g")
+                ours.flush()
+
+            yield process, begin
+        finally:
+            process.kill()
+
+
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    assert stream is not None, "it was asked for as a pipe"
+    return stream
+
+
+def count_events(family: str, batch: Batch) -> int:
+    """How much of what the workload did is in a batch, by the family that recorded it."""
+    if family == "processes":
+        # in the head of a wide slot the event of a process stands where others have flags
+        wide = [run[["kind", "flags"]] for _, _, run in batch.wide]
+        exit_event = (RecordKind.RECORD_PROCESS, ProcessEvent.PROCESS_EXIT)
+        return sum(row.item() == exit_event for run in wide for row in run)
+    if not batch.hot:
+        return 0
+    hot = np.concatenate([run for _, _, run in batch.hot])
+    calls, messages, intervals = hot.view(CALL), hot.view(MESSAGE), hot.view(OFFCPU)
+    if family == "syscalls":
+        names = syscall_names(platform.machine())
+        getppid = [number for number, name in names.items() if name == "getppid"]
+        chosen = (calls["kind"] == RecordKind.RECORD_CALL) & np.isin(calls["number"], getppid)
+    elif family == "messages":
+        received = messages["flags"] & RecordFlags.FLAG_RECEIVE != 0
+        chosen = (messages["kind"] == RecordKind.RECORD_MESSAGE) & ~received
+    else:
+        complete = intervals["flags"] & RecordFlags.FLAG_STATUS == CallStatus.STATUS_COMPLETE
+        slept = (intervals["state"] != 0) & (intervals["duration_ns"] >= SLEEP_NS)
+        chosen = (intervals["kind"] == RecordKind.RECORD_OFFCPU) & complete & slept
+    return int(chosen.sum())
+
+
+# ---- for information ----
+
+
+def tell_lockdown(path: Path = Path("/sys/kernel/security/lockdown")) -> Check:
+    """The kernel's lockdown mode, which only stops us when it is `confidentiality`."""
+    name, text = "lockdown", _read(path)
+    if text is None:
+        return Check(
+            name, None, "not told: securityfs is not mounted, or the kernel has no lockdown"
+        )
+    mode = text.partition("[")[2].partition("]")[0] or text
+    if mode != "confidentiality":
+        return Check(name, None, f"{mode}, which allows tracing")
+    return Check(
+        name,
+        None,
+        mode,
+        "programs may not read the kernel's memory in this mode, which tracing has to",
+        "boot with lockdown=integrity",
+    )
+
+
+def tell_cgroups() -> Check:
+    """Whether `record --cgroup` can name its targets."""
+    name = "cgroup v2"
+    try:
+        where = cgroups.mount_point()
+    except OSError:
+        where = None
+    if where is not None:
+        return Check(name, None, f"mounted at {where}")
+    return Check(
+        name,
+        None,
+        "not mounted",
+        "record --cgroup needs it",
+        "run `sudo mount -t cgroup2 none /sys/fs/cgroup`",
+    )
+
+
+def tell_tracefs(mounts: Path = cgroups.MOUNTS) -> Check:
+    """Whether tracefs is mounted."""
+    lines = [line.split() for line in (_read(mounts) or "").split("\n")]
+    found = [fields[1] for fields in lines if len(fields) > 2 and fields[2] == "tracefs"]
+    detail = f"mounted at {found[0]}" if found else "not mounted"
+    return Check("tracefs", None, f"{detail}; none of the families above needs it")
+
+
+def tell_settings() -> Check:
+    """Settings that are often suspected when something is refused."""
+    kernel = Path("/proc/sys/kernel")
+    values = [
+        f"{key}={_read(kernel / key) or 'absent'}"
+        for key in ("unprivileged_bpf_disabled", "perf_event_paranoid")
+    ]
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    shown = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit >> 10} KiB"
+    return Check(
+        "settings",
+        None,
+        f"{', '.join(values)}, memlock {shown}",
+        "none matters: the first two do not bind who has the capabilities,"
+        " and BPF does not count as locked memory since Linux 5.11",
+    )
+
+
+def tell_statistics() -> Check:
+    """Whether somebody left the kernel's run-time statistics of BPF programs on."""
+    name, value = "bpf_stats", _read(Path("/proc/sys/kernel/bpf_stats_enabled"))
+    if value in {None, "0"}:
+        return Check(name, None, "off")
+    return Check(
+        name,
+        None,
+        "on",
+        "it makes each run of every BPF program dearer",
+        "run `sudo sysctl kernel.bpf_stats_enabled=0` unless somebody measures",
+    )
+
+
+# ---- wording ----
+
+
+def failed(name: str, error: ScopeError, *, family: bool = False) -> Check:
+    """A check from an error, whose message is `fact: cause; next step`."""
+    fact, _, rest = str(error).partition(": ")
+    cause, _, fix = rest.partition("; ")
+    return Check(name, False, fact, cause, fix, family)
+
+
+def listed(names: Iterable[str]) -> str:
+    """A, B and C."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _explains_refusals(check: Check) -> bool:
+    """Whether a kernel that refuses programs does so for this."""
+    if check.works is not False:
+        return False
+    if check.name == "capabilities":
+        return any(name in check.detail for name in (*privileges.NEEDED_TO_LOAD, "CAP_SYS_ADMIN"))
+    return check.name in {"libbpf", "programs", "kernel BTF", "user namespace", "pid namespace"}
+
+
+def _blamed(family: str, detail: str, obstacle: Check) -> Check:
+    """A family that fails for what an earlier check found."""
+    fix = f"mend {obstacle.name} first, see there"
+    return Check(family, False, detail, f"{obstacle.name}: {obstacle.detail}", fix, True)
+
+
+def _read(path: Path) -> str | None:
+    """A small file of the kernel, stripped; None if it cannot be read."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return None

@@ -1,0 +1,149 @@
+"""Targets: processes that the user names, and what /proc tells of them."""
+
+import contextlib
+import os
+import select
+from dataclasses import dataclass
+from pathlib import Path
+
+from scope_ebpf.errors import FormatError, TargetError
+
+PROC = Path("/proc")
+# The inode of the initial pid namespace, include/linux/proc_ns.h: PROC_PID_INIT_INO.
+INITIAL_PID_NAMESPACE = 0xEFFFFFFC
+PF_KTHREAD = 0x00200000
+
+
+@dataclass(frozen=True)
+class Target:
+    """A process as /proc shows it."""
+
+    tgid: int
+    comm: str
+    arguments: tuple[str, ...]
+
+
+def parse_stat(text: str) -> tuple[str, list[str]]:
+    """The comm of a /proc/PID/stat line, and its fields from the state on (field 3 in proc(5)).
+
+    Raises:
+        FormatError: it is no such line.
+
+    >>> parse_stat("7 (a) b) S 1 7 7 0")
+    ('a) b', ['S', '1', '7', '7', '0'])
+    """
+    start, end = text.find("("), text.rfind(")")
+    rest = text[end + 1 :].split()
+    if start < 1 or end < start or not rest or not text[:start].strip().isdecimal():
+        raise FormatError(f"cannot read a line of /proc/PID/stat: {text[:60]!r}")
+    return text[start + 1 : end], rest
+
+
+def split_arguments(data: bytes) -> tuple[str, ...]:
+    """The arguments in /proc/PID/cmdline; what is not UTF-8 is escaped.
+
+    >>> split_arguments(b"python3\\0-m\\0app\\0")
+    ('python3', '-m', 'app')
+    """
+    if not data:
+        return ()
+    parts = data.removesuffix(b"\0").split(b"\0")
+    return tuple(part.decode(errors="backslashreplace") for part in parts)
+
+
+def command_line(tgid: int) -> bytes:
+    """The zero-ended arguments of a process; empty if it is gone or has none."""
+    try:
+        return (PROC / str(tgid) / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def find_target(tgid: int) -> Target:
+    """What /proc says of a process.
+
+    Raises:
+        TargetError: there is none of that number, or it cannot be traced.
+    """
+    try:
+        status = (PROC / str(tgid) / "status").read_text(errors="replace")
+        comm, fields = parse_stat((PROC / str(tgid) / "stat").read_text(errors="replace"))
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise TargetError(
+            f"cannot attach to process {tgid}: there is none with that id;"
+            " `pgrep -a python` lists candidates"
+        ) from error
+    except OSError as error:
+        raise TargetError(
+            f"cannot attach to process {tgid}: {error.strerror}; run as root, or grant CAP_SYS_PTRACE"
+        ) from error
+    leader = _field(status, "Tgid")
+    if leader != str(tgid):
+        raise TargetError(
+            f"cannot attach to {tgid}: it is a thread of process {leader}; attach to {leader}"
+        )
+    if tgid == os.getpid():
+        raise TargetError(f"cannot attach to process {tgid}: that is this recorder")
+    if len(fields) > 6 and int(fields[6]) & PF_KTHREAD:
+        raise TargetError(
+            f"cannot attach to process {tgid}: {comm} is a thread of the kernel, not a process"
+        )
+    if fields[0] in "ZX":
+        raise TargetError(f"cannot attach to process {tgid}: {comm} has ended and waits for its parent")
+    return Target(tgid, comm, split_arguments(command_line(tgid)))
+
+
+def _field(status: str, name: str) -> str:
+    for line in status.splitlines():
+        key, _, value = line.partition(":")
+        if key == name:
+            return value.strip()
+    raise FormatError(f"cannot read /proc/PID/status: it has no {name}")
+
+
+def check_pid_namespace() -> None:
+    """Refuse to take process ids from another pid namespace than the kernel's own.
+
+    Raises:
+        TargetError: ids here mean other processes to the kernel.
+    """
+    if os.stat("/proc/self/ns/pid").st_ino != INITIAL_PID_NAMESPACE:
+        raise TargetError(
+            "cannot attach by process id: this is a container with process ids of its own;"
+            " run scope-ebpf on the host, or in a container with `--pid=host`"
+        )
+
+
+class LiveProcesses:
+    """Tells when processes have ended, also if their ids are used again meanwhile.
+
+    A context manager: it holds a pidfd per process (Linux 5.3).
+    """
+
+    def __init__(self, tgids: tuple[int, ...]) -> None:
+        """Watch these processes; one that is gone already counts as ended."""
+        self._poll = select.poll()
+        self._descriptors: dict[int, int] = {}
+        for tgid in tgids:
+            with contextlib.suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(tgid)
+                self._descriptors[descriptor] = tgid
+                self._poll.register(descriptor, select.POLLIN)
+
+    def __enter__(self) -> "LiveProcesses":
+        """The watch itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the descriptors."""
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def any(self) -> bool:
+        """Whether at least one still runs."""
+        for descriptor, _ in self._poll.poll(0):
+            self._poll.unregister(descriptor)
+            self._descriptors.pop(descriptor)
+            os.close(descriptor)
+        return bool(self._descriptors)

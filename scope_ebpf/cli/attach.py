@@ -1,0 +1,62 @@
+"""scope-ebpf attach: record running processes."""
+
+import click
+
+from scope_ebpf.cli.options import recording_options
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  sudo scope-ebpf attach --pid 4242
+  sudo scope-ebpf attach --pid $(pgrep -o gunicorn) --pid $(pgrep -o postgres) -o shop --duration 30s
+  sudo scope-ebpf attach --pid 4242 --families messages --payload-bytes 0
+"""
+)
+@click.option(
+    "--pid",
+    "pids",
+    type=click.IntRange(1),
+    multiple=True,
+    required=True,
+    metavar="PID",
+    help="A process to record; may be given more than once.",
+)
+@click.option(
+    "--follow/--no-follow",
+    default=True,
+    show_default=True,
+    help="Record the children, too: those that exist and those to come.",
+)
+@recording_options
+def attach(
+    pids: tuple[int, ...],
+    follow: bool,
+    output: str | None,
+    duration: float | None,
+    families: tuple[str, ...],
+    payload_bytes: int,
+) -> None:
+    """Record running processes, their threads and children.
+
+    Nothing in the processes is changed or stopped. Recording ends on Ctrl-C, SIGTERM, the end of the
+    duration, or the last target's exit; then a summary is printed.
+    """
+    from scope_ebpf.cli import session  # noqa: PLC0415 - numpy is not needed for the help
+    from scope_ebpf.loaders.capture import CaptureOptions  # noqa: PLC0415
+    from scope_ebpf.loaders.targets import check_pid_namespace, find_target  # noqa: PLC0415
+
+    check_pid_namespace()
+    targets = tuple(find_target(pid) for pid in dict.fromkeys(pids))
+    session.record(
+        CaptureOptions(
+            tgids=tuple(target.tgid for target in targets),
+            follow=follow,
+            families=families,
+            payload_bytes=payload_bytes,
+        ),
+        output=output,
+        subject=" ".join(f"{target.comm}-{target.tgid}" for target in targets[:3]),
+        targets=targets,
+        duration=duration,
+    )

@@ -1,0 +1,99 @@
+"""`scope-ebpf doctor`: what works on this machine, and what to do about what does not."""
+
+import json
+import shutil
+import sys
+import textwrap
+from dataclasses import asdict
+
+import click
+
+from scope_ebpf.loaders.doctor import Check, examine, families
+
+EXAMPLES = """\b
+Examples:
+  sudo scope-ebpf doctor
+  scope-ebpf doctor                    # without root: tells which capabilities are missing
+  sudo scope-ebpf doctor --json | jq .families.syscalls
+"""
+MARKS = {True: ("works", "green"), False: ("FAILS", "red"), None: ("-", None)}
+
+
+@click.command(epilog=EXAMPLES)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def doctor(as_json: bool) -> None:
+    """Try what recording needs on this machine.
+
+    Each family of probes is loaded, attached and tried on a small process of the doctor's own;
+    nothing else is recorded, and nothing stays loaded. What fails is told with why and what to do.
+
+    The exit code is 0 if all families work, else 1.
+    """
+    checks = examine()
+    working = families(checks)
+    if as_json:
+        document = {"families": working, "checks": [asdict(check) for check in checks]}
+        click.echo(json.dumps(document, indent=2))
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
+        click.echo(render(checks, width))
+    sys.exit(0 if all(working.values()) else 1)
+
+
+def render(checks: list[Check], width: int) -> str:
+    """The table: a line per check with its fact, and below it the cause and the fix."""
+    sections = {
+        "Needed": [check for check in checks if not check.family and check.works is not None],
+        "Probes, tried just now": [check for check in checks if check.family],
+        "For information": [check for check in checks if check.works is None and not check.family],
+    }
+    column = max((len(check.name) for check in checks), default=0)
+    lines: list[str] = []
+    for title, members in sections.items():
+        if members:
+            lines.append(click.style(title, bold=True))
+            for check in members:
+                lines += _rows(check, column, width)
+            lines.append("")
+    return "\n".join([*lines, verdict(checks)])
+
+
+def verdict(checks: list[Check]) -> str:
+    """One sentence that sums it up."""
+    working = families(checks)
+    broken = [name for name, works in working.items() if not works]
+    limits = [check.name for check in checks if check.works is False and not check.family]
+    if not broken and not limits:
+        return "Everything works: record with `sudo scope-ebpf attach --pid PID`."
+    if not broken:
+        return f"All probes work, within the limits named above ({', '.join(limits)})."
+    if len(broken) == len(working):
+        return "Nothing can be recorded here before that is mended."
+    return f"{', '.join(broken)} cannot be recorded here; the other families can."
+
+
+def _rows(check: Check, column: int, width: int) -> list[str]:
+    word, colour = MARKS[check.works]
+    first = f"  {word:5}  {check.name:{column}}  "
+    indent = " " * len(first)
+    texts = [check.detail]
+    if check.cause:
+        texts.append(f"why: {check.cause}" if check.works is False else check.cause)
+    if check.fix:
+        texts.append(f"fix: {check.fix}" if check.works is False else check.fix)
+    room = max(width, len(indent) + 30)
+    rows = [
+        row
+        for text in texts
+        for row in textwrap.wrap(
+            text,
+            room,
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    ]
+    mark = click.style(f"{word:5}", fg=colour)
+    rows[0] = f"  {mark}  {check.name:{column}}  " + rows[0][len(indent) :]
+    return rows

@@ -1,0 +1,127 @@
+"""A recording made from the command line: signals, the status line, and the summary at the end."""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import click
+
+from scope_ebpf.errors import ScopeError
+from scope_ebpf.loaders import privileges
+from scope_ebpf.loaders.capture import CaptureOptions
+from scope_ebpf.loaders.targets import Target
+from scope_ebpf.recorder import Plan, Recorder, Status
+from scope_ebpf.recording.directory import create_directory, recording_path, remove_unused
+
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SHOWN_TABLES = ("syscalls", "messages", "offcpu")
+
+
+def default_name(subject: str) -> str:
+    """The name of a recording that was given none."""
+    plain = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in subject)
+    return f"{plain.strip('-.') or 'host'}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+class StatusLine:
+    """One line on the terminal that is written over and over."""
+
+    def __init__(self) -> None:
+        """Nothing was written yet."""
+        self._before = Status(0.0, {}, 0, 0, 0.0)
+        self._shown = False
+
+    def show(self, status: Status) -> None:
+        """Write where the recording stands."""
+        seconds = max(status.seconds - self._before.seconds, 1e-9)
+        rates = [
+            f"{table} {(status.rows.get(table, 0) - self._before.rows.get(table, 0)) / seconds:,.0f}/s"
+            for table in SHOWN_TABLES
+        ]
+        line = (
+            f"{status.seconds:6.0f} s  {'  '.join(rates)}  lost {status.lost:,}"
+            f"  {status.bytes_on_disk / 1e6:,.1f} MB  CPU {status.cpu_percent:.1f} %"
+        )
+        width = shutil.get_terminal_size().columns - 1
+        click.echo(f"\r{line[:width]:<{width}}", nl=False, err=True)
+        self._before, self._shown = status, True
+
+    def clear(self) -> None:
+        """Leave an empty line behind."""
+        if self._shown:
+            click.echo(f"\r{'':<{shutil.get_terminal_size().columns - 1}}\r", nl=False, err=True)
+
+
+def record(
+    options: CaptureOptions,
+    *,
+    output: str | None,
+    subject: str,
+    targets: tuple[Target, ...] = (),
+    duration: float | None = None,
+    signals: tuple[signal.Signals, ...] = ENDING_SIGNALS,
+    on_attached: Callable[[], None] = lambda: None,
+    summary_to_stderr: bool = False,
+) -> Path:
+    """Record, and show the summary; returns the recording's directory.
+
+    Args:
+        options: what to capture.
+        output: the recording's name, or None for one after `subject` and the time.
+        subject: what is recorded, in a word.
+        targets: the processes that were named.
+        duration: seconds, or None.
+        signals: what ends the recording.
+        on_attached: called when the probes are at work.
+        summary_to_stderr: keep stdout for the recorded command.
+
+    Raises:
+        ScopeError: recording failed; what there is was summarised.
+    """
+    path = recording_path(output if output is not None else default_name(subject))
+    owner = privileges.invoking_user(os.environ)
+    create_directory(path, owner)
+
+    def attached() -> None:
+        on_attached()
+        privileges.drop_after_attaching(os.environ)
+        click.echo(f"recording {subject} to {path}; Ctrl-C ends it", err=True)
+
+    recorder = Recorder(
+        Plan(path, options, targets, tuple(sys.argv), duration), on_attached=attached
+    )
+    line = StatusLine()
+    before = {number: signal.signal(number, lambda *_: recorder.stop()) for number in signals}
+    try:
+        recorder.run(line.show if sys.stderr.isatty() else None)
+    except ScopeError as error:
+        line.clear()
+        remove_unused(path)
+        if path.exists():
+            click.echo(f"error: {error}", err=True)
+            with suppress(ScopeError):
+                show_summary(path, to_stderr=True)
+            raise click.exceptions.Exit(error.exit_code) from error
+        raise
+    except BaseException:
+        remove_unused(path)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    line.clear()
+    show_summary(path, to_stderr=summary_to_stderr)
+    return path
+
+
+def show_summary(path: Path, *, to_stderr: bool) -> None:
+    """Print a recording's summary."""
+    # polars is imported by now, in the writer's thread; importing it here first would delay the start
+    from scope_ebpf.cli.summary import print_summary  # noqa: PLC0415
+
+    print_summary(path, to_stderr=to_stderr)

@@ -1,0 +1,257 @@
+"""The recorder: drains a capture into a recording until something ends it.
+
+Two threads. The main one drains the rings into memory and never waits for a disk; the other turns what was
+drained into tables and writes them. What lies between is bounded: when the disk is too slow the rings fill
+up, and the kernel counts what is lost.
+"""
+
+import queue
+import resource
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scope_ebpf import records
+from scope_ebpf.errors import TargetError
+from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions
+from scope_ebpf.loaders.ring import Records
+from scope_ebpf.loaders.targets import LiveProcesses, Target
+
+if TYPE_CHECKING:  # it imports polars, which takes 0.15 s: that is done while events already arrive
+    from scope_ebpf.recording.store import Store
+
+# The reader sleeps so long that the fullest ring fills up to FILL_GOAL, between these bounds.
+POLL_SECONDS = (0.005, 0.1)
+FILL_GOAL = 1 / 16
+# A segment at least this often, so that kill -9 loses at most the last second; and not larger than this.
+SEGMENT_SECONDS = 0.7
+SEGMENT_SLOTS = 1 << 18
+# Batches of up to SEGMENT_SLOTS that may wait for the writer.
+WAITING_BATCHES = 3
+STATUS_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a recording needs to be told.
+
+    Attributes:
+        path: the recording's directory, which exists and is empty.
+        options: what to capture.
+        targets: the processes that were named; recording ends when none of them is left.
+        command: how the recorder was called.
+        duration: seconds to record; None for no limit.
+    """
+
+    path: Path
+    options: CaptureOptions
+    targets: tuple[Target, ...]
+    command: tuple[str, ...]
+    duration: float | None = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a recording stands."""
+
+    seconds: float
+    rows: dict[str, int]
+    lost: int
+    bytes_on_disk: int
+    cpu_percent: float
+
+
+@dataclass
+class Drained:
+    """What goes to the writer at once."""
+
+    hot: list[tuple[int, int, Records]] = field(default_factory=list)
+    wide: list[tuple[int, int, Records]] = field(default_factory=list)
+    marked: list[Records] = field(default_factory=list)
+    # lost events by CPU and loss kind, since the batch before; and when that was
+    lost: NDArray[np.uint64] | None = None
+    since_ns: int = 0
+    slots: int = 0
+
+    def add(self, batch: Batch) -> None:
+        """Take one round of draining."""
+        self.hot += batch.hot
+        self.wide += batch.wide
+        self.slots += sum(len(slots) for _, _, slots in (*batch.hot, *batch.wide))
+
+
+class Use:
+    """What this process takes: CPU time since the recording began, and memory at most."""
+
+    def __init__(self) -> None:
+        """The recording begins."""
+        self._cpu_seconds = time.process_time()
+        self._began = time.monotonic()
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds so far, of all threads."""
+        return time.process_time() - self._cpu_seconds
+
+    def cpu_percent(self) -> float:
+        """The same as percent of one CPU."""
+        return 100 * self.cpu_seconds() / max(time.monotonic() - self._began, 1e-9)
+
+    @staticmethod
+    def peak_rss_bytes() -> int:
+        """The largest resident set so far; the mapped rings count."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Recorder:
+    """One recording, from attaching to the last segment."""
+
+    def __init__(self, plan: Plan, *, on_attached: Callable[[], None] = lambda: None) -> None:
+        """Prepare; nothing is loaded yet.
+
+        Args:
+            plan: what to record and where.
+            on_attached: called once the probes are at work, before any thread is started: the place to
+                drop privileges, or to let a waiting target go.
+        """
+        self.plan = plan
+        self._on_attached = on_attached
+        self._stop = threading.Event()
+        self._queue: queue.Queue[Drained | None] = queue.Queue(WAITING_BATCHES)
+        self._failure: BaseException | None = None
+        self._store: Store | None = None
+        self._lost: Counter[str] = Counter()
+
+    def stop(self) -> None:
+        """End the recording in good order; may be called from a signal handler."""
+        self._stop.set()
+
+    def run(self, on_status: Callable[[Status], None] | None = None) -> None:
+        """Record until stop(), the end of the duration, or the last target's exit.
+
+        Args:
+            on_status: called about twice a second, if given.
+
+        Raises:
+            LoadError, TargetError: nothing was recorded.
+            RecordingError: recording ended early; what was written until then is whole.
+        """
+        with ExitStack() as stack:
+            live = stack.enter_context(
+                LiveProcesses(tuple(target.tgid for target in self.plan.targets))
+            )
+            capture = stack.enter_context(Capture(self.plan.options))
+            started_ns = time.monotonic_ns()
+            marked = capture.start()
+            if self.plan.targets and not len(marked):
+                raise TargetError(
+                    f"cannot attach to process {self.plan.targets[0].tgid}: it has ended meanwhile"
+                )
+            if self.plan.options.after_exec:
+                marked = marked[:0]  # they are not recorded yet
+            self._on_attached()
+            use = Use()
+            writer = threading.Thread(
+                target=self._write, args=(started_ns, use), name="scope-writer", daemon=True
+            )
+            writer.start()
+            try:
+                self._drain(capture, live, marked, use, on_status)
+            finally:
+                self._queue.put(None)
+                writer.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _drain(
+        self,
+        capture: Capture,
+        live: LiveProcesses,
+        marked: Records,
+        use: Use,
+        on_status: Callable[[Status], None] | None,
+    ) -> None:
+        """The main thread's loop, and the end of the capture."""
+        began = time.monotonic()
+        lost = capture.lost()
+        pending = Drained(marked=[marked], since_ns=time.monotonic_ns())
+        next_segment, next_status = began, began + STATUS_SECONDS
+        interval, marks = POLL_SECONDS[0], 0
+        while not self._stop.wait(interval):
+            fill = capture.fill()
+            pending.add(capture.drain())
+            interval = min(max(interval * FILL_GOAL / max(fill, 1e-6), POLL_SECONDS[0]), POLL_SECONDS[1])
+            now = time.monotonic()
+            if capture.marks_wanted() != marks:
+                marks = capture.marks_wanted()
+                pending.marked.append(capture.mark_tasks())
+            if now >= next_segment or pending.slots >= SEGMENT_SLOTS:
+                pending, lost = self._hand_over(capture, pending, lost)
+                next_segment = now + SEGMENT_SECONDS
+            if on_status is not None and now >= next_status:
+                on_status(self._status(now - began, use))
+                next_status = now + STATUS_SECONDS
+            if self.plan.duration is not None and now - began >= self.plan.duration:
+                break
+            if self.plan.targets and not live.any():
+                break
+        still_open = capture.stop()
+        pending.add(capture.drain())
+        if len(still_open):
+            pending.hot.append((0, 0, still_open))
+        self._hand_over(capture, pending, lost)
+
+    def _hand_over(
+        self, capture: Capture, pending: Drained, lost: NDArray[np.uint64]
+    ) -> tuple[Drained, NDArray[np.uint64]]:
+        """Give a batch to the writer, and begin the next one."""
+        lost_now = capture.lost()
+        pending.lost = lost_now - lost
+        for kind, count in enumerate(pending.lost.sum(axis=0).tolist()):
+            self._lost[str(kind)] += count
+        self._queue.put(pending)
+        return Drained(since_ns=time.monotonic_ns()), lost_now
+
+    def _status(self, seconds: float, use: Use) -> Status:
+        store = self._store
+        return Status(
+            seconds,
+            {} if store is None else store.rows(),
+            self._lost.total(),
+            0 if store is None else store.bytes_on_disk(),
+            use.cpu_percent(),
+        )
+
+    def _write(self, started_ns: int, use: Use) -> None:
+        """The writer thread: takes batches until None comes."""
+        try:
+            # imported here, while the rings already fill: see above
+            from scope_ebpf.recording.store import Store  # noqa: PLC0415
+
+            self._store = Store(self.plan, started_ns, use)
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread
+            self._fail(error)
+        while (batch := self._queue.get()) is not None:
+            try:
+                if self._store is not None:
+                    self._store.save(batch)
+            except BaseException as error:  # noqa: BLE001 - handed to the main thread
+                self._fail(error)
+        try:
+            if self._store is not None:
+                self._store.finish()
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Remember the first failure and end the recording; what still comes is only counted."""
+        if self._failure is None:
+            self._failure = error
+        self._stop.set()

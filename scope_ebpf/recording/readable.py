@@ -1,0 +1,119 @@
+"""What reading adds to the stored columns: names for numbers, all as lazy expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from functools import cache
+from typing import Final
+
+import polars as pl
+
+from scope_ebpf.records import CallStatus, ProcessEvent, RecordLimits
+from scope_ebpf.syscalls import errno_name, signal_name, syscall_names
+
+_COMPAT: Final = int(RecordLimits.COMPAT_SYSCALL)
+# A result in this range is -errno; anything else, also a high address, is a success (MAX_ERRNO of
+# the kernel's include/linux/err.h).
+_MAX_ERRNO: Final = 4095
+_LAST_SIGNAL: Final = 64
+
+# include/linux/sched.h. TASK_IDLE is a wait that counts for no load, TASK_DEAD the last moment.
+_TASK_IDLE: Final = 0x402
+_TASK_DEAD: Final = 0x80
+_RTLOCK_WAIT_OR_FROZEN: Final = 0x1000 | 0x8000
+# fs/proc/array.c shows the highest of these bits.
+_STATE_LETTERS: Final = {0x40: "P", 0x20: "Z", 0x10: "X", 0x8: "t", 0x4: "T", 0x2: "D", 0x1: "S"}
+
+CONTEXT: Final = pl.lit(0, dtype=pl.UInt64).alias("context")
+"""The flow's logical context (asyncio task, greenlet); 0: the thread itself."""
+
+
+def _labels(values: type[IntEnum], prefix: str) -> dict[int, str]:
+    return {int(value): value.name.removeprefix(prefix).lower() for value in values}
+
+
+_STATUS: Final = _labels(CallStatus, "STATUS_")
+_EVENT: Final = _labels(ProcessEvent, "PROCESS_")
+
+STATUS: Final = pl.Enum(list(_STATUS.values()))
+EVENT: Final = pl.Enum(list(_EVENT.values()))
+DIRECTION: Final = pl.Enum(["send", "receive"])
+STATE: Final = pl.Enum(["R", "I", *_STATE_LETTERS.values()])
+
+
+def _replace(column: str, labels: Mapping[int, str], dtype: pl.DataType) -> pl.Expr:
+    """The label of each number; null for one without a label."""
+    return pl.col(column).replace_strict(
+        list(labels), list(labels.values()), default=None, return_dtype=dtype
+    )
+
+
+def status() -> pl.Expr:
+    """`status` as text: how much of a call or interval was seen."""
+    return _replace("status", _STATUS, STATUS)
+
+
+def event() -> pl.Expr:
+    """`event` as text: what happened to the process or thread."""
+    return _replace("event", _EVENT, EVENT)
+
+
+def signal() -> pl.Expr:
+    """`signal_name`: the signal that ended a process; null for none."""
+    names = {number: signal_name(number) for number in range(1, _LAST_SIGNAL + 1)}
+    return _replace("signal", names, pl.String()).alias("signal_name")
+
+
+def error() -> pl.Expr:
+    """`error`: the errno name of a failed call; null for a call that did not fail."""
+    names = {-number: errno_name(number) for number in range(1, _MAX_ERRNO + 1)}
+    return _replace("result", names, pl.String()).alias("error")
+
+
+def syscall_name(number: str, machine: str) -> pl.Expr:
+    """The name of the system call whose number the column `number` holds; null for null.
+
+    `machine` is the recorded one, as in meta.json. A 32-bit call on x86-64 is named by the table of
+    i386. A number that its table does not have gives `syscall_N`, or `compat_syscall_N`.
+    """
+    numbers, names = _syscall_labels(machine)
+    return pl.col(number).replace_strict(numbers, names, default=None, return_dtype=pl.String())
+
+
+@cache
+def _syscall_labels(machine: str) -> tuple[pl.Series, pl.Series]:
+    # A label for all numbers there can be: a default that is computed from the number would be
+    # computed for every row (polars 2.1), which takes four times as long.
+    native = syscall_names(machine)
+    compat = syscall_names("i386") if machine in {"x86_64", "amd64"} else {}
+    labels = [native.get(number, f"syscall_{number}") for number in range(_COMPAT)]
+    labels += [compat.get(number, f"compat_syscall_{number}") for number in range(_COMPAT)]
+    return pl.Series(list(range(2 * _COMPAT)), dtype=pl.UInt16), pl.Series(labels)
+
+
+def direction() -> pl.Expr:
+    """`direction` of a message, seen from the thread that made the call."""
+    return (
+        pl.when("receive")
+        .then(pl.lit("receive", dtype=DIRECTION))
+        .otherwise(pl.lit("send", dtype=DIRECTION))
+        .alias("direction")
+    )
+
+
+def stream() -> pl.Expr:
+    """`stream` of a message: the connection's stream in the direction of the message."""
+    return pl.when("receive").then("receive_stream").otherwise("send_stream").alias("stream")
+
+
+def state() -> pl.Expr:
+    """`state` as the letter that ps shows."""
+    bits = pl.col("state")
+    cases = [(bits & _TASK_IDLE == _TASK_IDLE, "I")]
+    cases += [(bits & bit != 0, letter) for bit, letter in _STATE_LETTERS.items()]
+    cases += [(bits & _TASK_DEAD != 0, "X"), (bits & _RTLOCK_WAIT_OR_FROZEN != 0, "D")]
+    cases += [(bits.is_not_null(), "R")]
+    # The first case that holds wins.
+    letters = [pl.when(case).then(pl.lit(letter, dtype=STATE)) for case, letter in cases]
+    return pl.coalesce(letters).alias("state")

@@ -1,0 +1,349 @@
+"""Opens recordings: each table as a polars LazyFrame with readable columns."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from scope_ebpf.errors import RecordingError, UsageError
+from scope_ebpf.recording import readable
+from scope_ebpf.recording.meta import Meta, read_meta
+from scope_ebpf.recording.schema import META_FILE, SCHEMAS, SUFFIX
+from scope_ebpf.recording.segments import (
+    Segment,
+    check_columns,
+    count_rows,
+    list_segments,
+    reading,
+    scan,
+    verify_bytes,
+)
+
+# What a message takes over from its connection. connections has no other row with this id.
+_ENDPOINTS = ["kind", "local_address", "local_port", "local_path"]
+_ENDPOINTS += ["remote_address", "remote_port", "remote_path"]
+
+
+def open_recording(path: str | os.PathLike[str], *, verify: bool = True) -> Recording:
+    """Open the recording at `path`, a directory NAME.scope, as it is now.
+
+    One whose recorder was killed, or still runs, opens too: what its segments hold is there.
+
+    `verify`: compare all bytes of a table with their checksums when the table is first used. That
+    costs a fraction of reading them; without it, a flipped bit on the disk may give a wrong table.
+
+    Raises `RecordingError` if there is no recording at `path`, it may not be read or it lacks a
+    segment, and `FormatError` if its meta.json is damaged or of another version of the format.
+
+    >>> open_recording("missing.scope")
+    Traceback (most recent call last):
+    scope_ebpf.errors.RecordingError: there is no recording missing.scope
+    """
+    given = Path(path)
+    with reading(str(given)):
+        _require_recording(given)
+        absolute = given.absolute()
+    try:
+        str(absolute).encode("utf-8")
+    except UnicodeEncodeError:
+        raise RecordingError(
+            f"the path {str(absolute)!r} is not UTF-8, and polars reads no other; rename it"
+        ) from None
+    meta = read_meta(absolute)  # before the segments, so that they are at least what it counts
+    segments = {table: list_segments(absolute / table) for table in SCHEMAS}
+    return Recording(absolute, meta, segments, verify=verify)
+
+
+class Recording:
+    """A recording on disk: what it is of (`meta`), and its tables.
+
+    Times in columns `…_ns` are CLOCK_MONOTONIC nanoseconds of the recorded host; add
+    `meta.clock.realtime_offset_ns` for nanoseconds since 1970 (UTC). Rows come in the order
+    in which they were stored, which is nearly, but not exactly, that of their first column: sort if
+    it matters. `tgid` is what users call a PID; `tid` is a thread.
+
+    The first use of a table checks its segments, and raises `FormatError` or `RecordingError` if
+    they are damaged, missing or of other columns; `check` does so for all tables at once.
+
+    >>> recording = open_recording("shop.scope")  # doctest: +SKIP
+    >>> slow = recording.syscalls.filter(pl.col("duration_ns") > 1_000_000)  # doctest: +SKIP
+    >>> recording.collect(slow.select("name", "duration_ns"))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        meta: Meta,
+        segments: Mapping[str, Sequence[Segment]],
+        *,
+        verify: bool,
+    ) -> None:
+        """Use `open_recording`."""
+        self.path = path
+        self.meta = meta
+        self._segments = segments
+        self._verify = verify
+        self._checked: set[str] = set()
+        self._rows: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        return f"<Recording {self.path}>"
+
+    def table(self, name: str) -> pl.LazyFrame:
+        """The table of this name, with the columns that the property of the same name documents.
+
+        Raises `UsageError` if there is no such table.
+        """
+        if name not in SCHEMAS:
+            close = difflib.get_close_matches(name, SCHEMAS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(SCHEMAS)}"
+            raise UsageError(f"there is no table {name!r}; {hint}")
+        frame = getattr(self, name)
+        assert isinstance(frame, pl.LazyFrame)
+        return frame
+
+    @property
+    def processes(self) -> pl.LazyFrame:
+        """One row per event in a process's or thread's life.
+
+        - `time_ns`; `event`: `alive` (it ran when the recording began), `fork`, `thread`, `exec`,
+          `exit` (of the whole process) or `thread_exit`
+        - `tgid`, `tid`, `parent_tgid`; `parent_tid`: for fork and thread the thread that made it,
+          for exec the tid before
+        - `comm`; `command_line`: shell-quoted, null if not known; `command_line_bytes`: of the
+          whole one, which may be longer than what is kept
+        - `cgroup`: path in the unified hierarchy, null if not found; `cgroup_id`
+        - `exit_code`: of an exit, null if a signal ended it; `signal`, `signal_name`: that signal
+        - `start_boottime_ns`: CLOCK_BOOTTIME when it was made; with `tgid` it names it for good
+        """
+        stored = self._stored("processes")
+        frame = stored.with_columns(readable.event(), readable.signal())
+        return frame.select(_with_after(stored, {"signal": ["signal_name"]}))
+
+    @property
+    def syscalls(self) -> pl.LazyFrame:
+        """One row per completed system call, and per call that was open when the recording ended.
+
+        - `start_ns`, `duration_ns`
+        - `tgid`, `tid`; `context`: the logical context within the thread, 0 for the thread itself
+        - `number`: as the kernel counts, plus 0x8000 for a 32-bit call; `name`: such as `openat`
+        - `result`: as the kernel returned it, -errno on errors; `error`: such as `ENOENT`, or null
+        - `arg0`, `arg1`, `arg2`: the first arguments, as they are in the registers
+        - `status`: `complete`, `began_before` (it ran when the recording began: start is when it
+          was first seen), `open` (it ran when the recording ended: duration is up to there),
+          `no_return` (the thread ended inside it) or `refused` (seccomp or a tracer refused it);
+          null if unknown
+        - `cpu`: where it ended
+        """
+        stored = self._stored("syscalls")
+        frame = stored.with_columns(
+            readable.CONTEXT,
+            self.syscall_name("number").alias("name"),
+            readable.error(),
+            readable.status(),
+        )
+        after = {"tid": ["context"], "number": ["name"], "result": ["error"]}
+        return frame.select(_with_after(stored, after))
+
+    @property
+    def messages(self) -> pl.LazyFrame:
+        """One row per read or write on a socket or pipe, with the connection that it was on.
+
+        - `start_ns`, `duration_ns`, `tgid`, `tid`, `context`, `number`, `name`, `status`, `cpu`: as
+          in `syscalls`; `fd`
+        - `direction`: `send` or `receive`; `peek`: a receive that left the bytes where they are
+        - `turn`: the first message of a turn of its connection
+        - `length_bytes`; `stream_end`: the bytes are those from `stream_end - length_bytes` up to
+          it in `stream`, which names one direction of a connection, the same at both ends;
+          `exact`: `stream_end` is comparable with the other end's
+        - `connection`: its id in `connections`; from there `kind`, `local_address`, `local_port`,
+          `local_path`, `remote_address`, `remote_port`, `remote_path`. These and `stream` are null
+          if the connection's own row was lost
+        - `payload`: the head of the bytes at the start of a turn, else null
+        """
+        stored = self._stored("messages")
+        ends = self._stored("connections").select(
+            "connection", *_ENDPOINTS, "send_stream", "receive_stream"
+        )
+        # unique: whatever connections holds, a message must never become two.
+        frame = stored.join(
+            ends.unique("connection", keep="last", maintain_order=True),
+            on="connection",
+            how="left",
+            maintain_order="left",
+        ).with_columns(
+            readable.CONTEXT,
+            self.syscall_name("number").alias("name"),
+            readable.direction(),
+            readable.stream(),
+            readable.status(),
+        )
+        after = {
+            "tid": ["context"],
+            "number": ["name"],
+            "fd": ["direction"],
+            "length_bytes": ["stream"],
+            "connection": _ENDPOINTS,
+        }
+        return frame.select(name for name in _with_after(stored, after) if name != "receive")
+
+    @property
+    def connections(self) -> pl.LazyFrame:
+        """One row per end of a connection, at its first message; a pipe has one for both ends.
+
+        - `time_ns`; `connection`: its id, unique within the recording
+        - `kind`: `tcp`, `udp`, `unix`, `pipe`, or the address family's name
+        - `tgid`: who was seen to use it first
+        - `local_address`, `local_port`, `remote_address`, `remote_port`: null for what has none
+        - `local_path`, `remote_path`: of Unix sockets; an abstract one begins with @
+        - `inode`; `peer_inode`: Unix, null while the other end was not accepted
+        - `netns`: inode of the network namespace
+        - `send_stream`, `receive_stream`: name the bytes of one direction, the same at both ends
+        """
+        return self._stored("connections")
+
+    @property
+    def offcpu(self) -> pl.LazyFrame:
+        """One row per interval that a thread was off the CPU.
+
+        - `start_ns`; `duration_ns` = `waiting_ns` (until something woke it) + `runnable_ns` (ready
+          to run, waiting for a CPU)
+        - `tgid`, `tid`, `context`
+        - `state`: as ps shows it: R (preempted, or it yielded), S (interruptible), D
+          (uninterruptible), I (idle kernel thread), T (stopped), t (traced), X, Z, P;
+          `state_bits`: the kernel's own task state
+        - `number`, `name`: the system call that it was in, null for none; `syscall_start_ns`: the
+          `start_ns` of that call in `syscalls`
+        - `waker_tgid`, `waker_tid`: who ran where the wakeup came from, null if nothing woke it;
+          `waker_number`, `waker_name`: the call that the waker was in, null for none or not traced.
+          A waker in a call is evidence, no proof: an interrupt may have done it
+        - `status` as in `syscalls`; `cpu`: where it came back
+        """
+        stored = self._stored("offcpu")
+        frame = stored.with_columns(
+            (pl.col("duration_ns") - pl.col("runnable_ns")).alias("waiting_ns"),
+            readable.CONTEXT,
+            pl.col("state").alias("state_bits"),
+            readable.state(),
+            self.syscall_name("number").alias("name"),
+            self.syscall_name("waker_number").alias("waker_name"),
+            readable.status(),
+        )
+        after = {
+            "duration_ns": ["waiting_ns"],
+            "tid": ["context"],
+            "state": ["state_bits"],
+            "number": ["name"],
+            "waker_number": ["waker_name"],
+        }
+        return frame.select(_with_after(stored, after))
+
+    @property
+    def losses(self) -> pl.LazyFrame:
+        """One row per CPU, table and second in which events were lost; no row: nothing was.
+
+        - `time_ns`: begin of the second; `cpu`
+        - `table`: a table, `payloads` (only the head of a message's bytes is missing) or `tasks`
+          (threads that could not be taken up: nothing of them is recorded)
+        - `lost`: how many events
+        """
+        return self._stored("losses")
+
+    @property
+    def running(self) -> bool:
+        """Whether its recorder still runs, as far as this machine can tell."""
+        if self.meta.complete:
+            return False
+        import psutil  # only unfinished recordings need it
+
+        started = (self.meta.started_ns + self.meta.clock.realtime_offset_ns) / 1e9
+        try:
+            boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            recorder = psutil.Process(self.meta.recorder.tgid)
+            # A later process may have got the same number.
+            return boot_id == self.meta.host.boot_id and recorder.create_time() < started + 1
+        except (OSError, ValueError, OverflowError, psutil.Error):
+            return False
+
+    def rows(self, name: str) -> int:
+        """How many rows a table has on disk; only Parquet footers are read."""
+        if name not in self._rows:
+            self._rows[name] = count_rows(self._segments[name], SCHEMAS[name])
+        return self._rows[name]
+
+    def size_bytes(self, name: str) -> int:
+        """How many bytes the segments of a table take on disk."""
+        return sum(segment.size_bytes for segment in self._segments[name])
+
+    def check(self, *tables: str, verify: bool = True) -> None:
+        """Check the segments of some tables, or of all, so that reading cannot give a wrong one.
+
+        Compares all bytes with the checksums (unless `verify` is False), the columns in the footers
+        with the format and, if the recording ended properly, the number of rows with meta.json's.
+        Raises `FormatError` or `RecordingError`, which name the file and what to do.
+        """
+        for table in tables or SCHEMAS:
+            segments = self._segments[table]
+            if verify:
+                verify_bytes(segments, complete=self.meta.complete)
+            check_columns(segments, SCHEMAS[table])
+            counted = self.meta.tables.get(table)
+            expected = counted.rows if counted else 0
+            if self.meta.complete and self.rows(table) != expected:
+                raise RecordingError(
+                    f"{self.path / table} has {self.rows(table)} rows, and {META_FILE} counts "
+                    f"{expected}: segments are missing at its end; copy the recording again"
+                )
+            self._checked.add(table)
+
+    def collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
+        """Collect a frame made from this recording's tables.
+
+        Raises `RecordingError` where polars would raise errors of its own, or panic.
+        """
+        with reading(str(self.path)):
+            return frame.collect()
+
+    def _stored(self, table: str) -> pl.LazyFrame:
+        if table not in self._checked:
+            self.check(table, verify=self._verify)
+        return scan(self._segments[table], SCHEMAS[table])
+
+    def syscall_name(self, number: str) -> pl.Expr:
+        """The name of the system call whose number is in the column `number`; null for null."""
+        return readable.syscall_name(number, self.meta.host.machine)
+
+
+def _with_after(stored: pl.LazyFrame, after: Mapping[str, Sequence[str]]) -> list[str]:
+    """The stored columns, each followed by those that reading adds to it."""
+    columns = []
+    for name in stored.collect_schema():
+        columns += [name, *after.get(name, ())]
+    return columns
+
+
+def _require_recording(path: Path) -> None:
+    """Raise `RecordingError`, with what was probably meant, unless `path` has a meta.json."""
+    if (path / META_FILE).exists():
+        return
+    # A file or a table within one; a folder of recordings; a name that is nearly right.
+    near = [path.parent] if (path.parent / META_FILE).exists() else []
+    if path.is_dir():
+        near += sorted(path.glob(f"*{SUFFIX}"))
+        problem = f"{path} is not a recording: it has no {META_FILE}"
+    elif path.exists():
+        problem = f"{path} is not a recording: it is a file, and a recording is a directory"
+    else:
+        problem = f"there is no recording {path}"
+        if path.name:
+            near += [path.with_name(path.name + SUFFIX), path.with_name(path.stem)]
+        others = [other.name for other in path.parent.glob(f"*{SUFFIX}")]
+        near += [path.with_name(name) for name in difflib.get_close_matches(path.name, others, n=1)]
+    for candidate in near:
+        if (candidate / META_FILE).exists():
+            raise RecordingError(f"{problem}; did you mean {candidate}?")
+    raise RecordingError(problem)

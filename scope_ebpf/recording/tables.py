@@ -1,0 +1,270 @@
+"""Records as the probes write them, turned into the tables of a recording."""
+
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from scope_ebpf import records
+from scope_ebpf.recording.connections import connections_frame
+from scope_ebpf.recording.schema import SCHEMAS, frame
+from scope_ebpf.records import ProcessEvent, RecordFlags, RecordKind, RecordLimits
+
+Records = NDArray[np.void]
+Run = tuple[int, int, Records]  # cpu, index of the first slot in that CPU's ring, slots
+
+NO_VALUE = RecordLimits.NO_SYSCALL
+
+
+def join_runs(runs: Iterable[Run]) -> tuple[NDArray[np.uint16], NDArray[np.uint64], Records]:
+    """All slots of some runs as one array, with each slot's CPU and index."""
+    chosen = list(runs)
+    cpus = np.concatenate([np.full(len(slots), cpu, np.uint16) for cpu, _, slots in chosen])
+    indices = np.concatenate(
+        [np.arange(first, first + len(slots), dtype=np.uint64) for _, first, slots in chosen]
+    )
+    return cpus, indices, np.concatenate([slots for _, _, slots in chosen])
+
+
+def calls_frame(slots: Records, cpus: NDArray[np.uint16]) -> pl.DataFrame:
+    """Rows of syscalls, from slots that are calls or messages that are calls, too."""
+    calls, messages = slots.view(records.CALL), slots.view(records.MESSAGE)
+    # a message that is a call keeps what was passed in other places of the slot
+    both = slots["kind"] == RecordKind.RECORD_MESSAGE_CALL
+
+    def either(message_field: str, call_field: str) -> NDArray[Any]:
+        return np.where(both, messages[message_field].astype(calls[call_field].dtype), calls[call_field])
+
+    return frame(
+        "syscalls",
+        {
+            "start_ns": calls["start_ns"],
+            "duration_ns": calls["duration_ns"],
+            "tgid": calls["tgid"],
+            "tid": calls["tid"],
+            "number": calls["number"],
+            "result": either("length_bytes", "result"),
+            "arg0": either("fd", "arg0"),
+            "arg1": either("arg1", "arg1"),
+            "arg2": either("arg2", "arg2"),
+            "status": calls["flags"] & RecordFlags.FLAG_STATUS,
+            "cpu": cpus,
+        },
+    ).sort("start_ns")
+
+
+def offcpu_frame(slots: Records, cpus: NDArray[np.uint16]) -> pl.DataFrame:
+    """Rows of offcpu."""
+    rows = slots.view(records.OFFCPU)
+    columns = frame(
+        "offcpu",
+        {
+            "start_ns": rows["start_ns"],
+            "duration_ns": rows["duration_ns"],
+            "runnable_ns": rows["runnable_ns"],
+            "tgid": rows["tgid"],
+            "tid": rows["tid"],
+            "state": rows["state"],
+            "number": rows["number"],
+            "syscall_start_ns": rows["syscall_start_ns"],
+            "waker_tgid": rows["waker_tgid"],
+            "waker_tid": rows["waker_tid"],
+            "waker_number": rows["waker_number"],
+            "status": rows["flags"] & RecordFlags.FLAG_STATUS,
+            "cpu": cpus,
+        },
+    )
+    # who wakes from the idle CPU is an interrupt: tid 0 stays, and "not woken" is told by the state
+    woken = (pl.col("state") != 0) & ~pl.col("status").is_in(
+        [records.CallStatus.STATUS_OPEN, records.CallStatus.STATUS_THROUGHOUT]
+    )
+    return columns.with_columns(
+        pl.when(pl.col("number") != NO_VALUE).then("number"),
+        pl.when(pl.col("syscall_start_ns") != 0).then("syscall_start_ns"),
+        pl.when(woken).then("waker_tgid"),
+        pl.when(woken).then("waker_tid"),
+        pl.when(pl.col("waker_number") != NO_VALUE).then("waker_number"),
+    ).sort("start_ns")
+
+
+class Payloads:
+    """Payload heads that wait for their messages; both come from the same CPU's rings."""
+
+    def __init__(self) -> None:
+        """Nothing waits."""
+        self._waiting: dict[int, list[Records]] = {}
+
+    def add(self, cpu: int, slots: Records) -> None:
+        """Take the payload slots of one CPU, in the order of the ring."""
+        if len(slots):
+            self._waiting.setdefault(cpu, []).append(slots)
+
+    def take(
+        self, cpus: NDArray[np.uint16], indices: NDArray[np.uint64], flags: NDArray[np.uint8]
+    ) -> pl.Series:
+        """The payload of each message, or null: a Binary series as long as the arguments."""
+        rows: list[NDArray[np.intp]] = []
+        slots: list[Records] = []
+        flagged = np.flatnonzero(flags & RecordFlags.FLAG_PAYLOAD)
+        for cpu in list(self._waiting):
+            mine = flagged[cpus[flagged] == cpu]
+            waiting = np.concatenate(self._waiting.pop(cpu))
+            head = waiting.view(np.uint8).reshape(len(waiting), -1)
+            owners = np.ascontiguousarray(
+                head[:, : records.PAYLOAD.itemsize]
+            ).view(records.PAYLOAD)["hot_index"].ravel()
+            found = np.isin(owners, indices[mine])
+            if not found.all():
+                # their messages were drained after them: they come with the next ones
+                newest = indices[cpus == cpu].max(initial=0)
+                self.add(cpu, waiting[~found & (owners > newest)])
+            order = np.argsort(indices[mine])
+            at = np.searchsorted(indices[mine][order], owners[found])
+            rows.append(mine[order][at])
+            slots.append(waiting[found])
+        result = pl.Series("payload", [None], dtype=pl.Binary)
+        if not rows or not sum(map(len, rows)):
+            return result.new_from_index(0, len(cpus))
+        heads = np.concatenate(slots)
+        raw = heads.view(np.uint8).reshape(len(heads), -1)
+        bytes_only = np.ascontiguousarray(raw[:, records.PAYLOAD.itemsize :])
+        lengths = np.ascontiguousarray(raw[:, : records.PAYLOAD.itemsize]).view(records.PAYLOAD)
+        captured = pl.DataFrame(
+            {
+                "row": pl.Series(np.concatenate(rows).astype(np.int64)),
+                "length": pl.Series(lengths["length_bytes"].ravel().astype(np.int64)),
+                "bytes": pl.Series(bytes_only),
+            }
+        ).select(
+            "row",
+            pl.col("bytes").arr.to_list().list.head(pl.col("length")).cast(pl.Binary).alias("payload"),
+        )
+        every = pl.DataFrame({"row": np.arange(len(cpus), dtype=np.int64)})
+        return every.join(captured, on="row", how="left", maintain_order="left")["payload"]
+
+
+def messages_frame(
+    slots: Records, cpus: NDArray[np.uint16], indices: NDArray[np.uint64], payloads: Payloads
+) -> pl.DataFrame:
+    """Rows of messages."""
+    rows = slots.view(records.MESSAGE)
+    flags = rows["flags"]
+    return frame(
+        "messages",
+        {
+            "start_ns": rows["start_ns"],
+            "duration_ns": rows["duration_ns"],
+            "tgid": rows["tgid"],
+            "tid": rows["tid"],
+            "number": rows["number"],
+            "fd": rows["fd"],
+            "receive": (flags & RecordFlags.FLAG_RECEIVE) != 0,
+            "peek": (flags & RecordFlags.FLAG_PEEK) != 0,
+            "turn": (flags & RecordFlags.FLAG_TURN) != 0,
+            "exact": (flags & RecordFlags.FLAG_INEXACT) == 0,
+            "length_bytes": rows["length_bytes"],
+            "stream_end": rows["stream_end"],
+            "connection": rows["connection"],
+            "payload": payloads.take(cpus, indices, flags),
+            "status": flags & RecordFlags.FLAG_STATUS,
+            "cpu": cpus,
+        },
+    ).sort("start_ns")
+
+
+def hot_frames(runs: Iterable[Run], payloads: Payloads) -> dict[str, pl.DataFrame]:
+    """The hot slots as rows of syscalls, messages and offcpu."""
+    cpus, indices, slots = join_runs(runs)
+    kinds = slots["kind"]
+    frames = {}
+    message = (kinds == RecordKind.RECORD_MESSAGE) | (kinds == RecordKind.RECORD_MESSAGE_CALL)
+    call = (kinds == RecordKind.RECORD_CALL) | (kinds == RecordKind.RECORD_MESSAGE_CALL)
+    offcpu = kinds == RecordKind.RECORD_OFFCPU
+    if call.any():
+        # mostly everything is a call: then no copy is made
+        frames["syscalls"] = (
+            calls_frame(slots, cpus) if call.all() else calls_frame(slots[call], cpus[call])
+        )
+    if message.any():
+        frames["messages"] = messages_frame(
+            slots[message], cpus[message], indices[message], payloads
+        )
+    if offcpu.any():
+        frames["offcpu"] = offcpu_frame(slots[offcpu], cpus[offcpu])
+    return frames
+
+
+def text(data: Any) -> str:
+    """Bytes up to the first zero, as text; what is not UTF-8 is escaped."""
+    return bytes(data).split(b"\0", 1)[0].decode(errors="backslashreplace")
+
+
+def command_line(data: bytes) -> str | None:
+    """Zero-ended arguments as one shell-quoted line."""
+    if not data:
+        return None
+    arguments = data.removesuffix(b"\0").split(b"\0")
+    return shlex.join(argument.decode(errors="backslashreplace") for argument in arguments)
+
+
+def process_row(
+    record: Any, cgroup_path: Callable[[int], str | None], arguments: bytes | None = None
+) -> dict[str, Any]:
+    """One row of processes, from a PROCESS record; `arguments` in place of the record's, if given."""
+    exited = record["event"] in (ProcessEvent.PROCESS_EXIT, ProcessEvent.PROCESS_THREAD_EXIT)
+    status = int(record["exit_code"])
+    size = int(record["command_line_total_bytes"])
+    if arguments is None:
+        arguments = bytes(record["command_line"])[: int(record["command_line_bytes"])]
+    else:
+        size = len(arguments)
+    return {
+        "time_ns": int(record["time_ns"]),
+        "event": int(record["event"]),
+        "tgid": int(record["tgid"]),
+        "tid": int(record["tid"]),
+        "parent_tgid": int(record["parent_tgid"]),
+        "parent_tid": int(record["parent_tid"]),
+        "comm": text(record["comm"]),
+        "command_line": command_line(arguments),
+        "command_line_bytes": size,
+        "cgroup": cgroup_path(int(record["cgroup"])),
+        "cgroup_id": int(record["cgroup"]),
+        "exit_code": (status >> 8) & 0xFF if exited and not status & 0x7F else None,
+        "signal": status & 0x7F if exited and status & 0x7F else None,
+        "start_boottime_ns": int(record["start_boottime_ns"]),
+    }
+
+
+def wide_frames(
+    runs: Iterable[Run], payloads: Payloads, cgroup_path: Callable[[int], str | None]
+) -> dict[str, pl.DataFrame]:
+    """The wide slots as rows of processes and connections; payloads go to their waiting place."""
+    processes: list[dict[str, Any]] = []
+    connections: list[Records] = []
+    for cpu, _, slots in runs:
+        kinds = slots["kind"]
+        payloads.add(cpu, slots[kinds == RecordKind.RECORD_PAYLOAD])
+        for record in typed(slots[kinds == RecordKind.RECORD_PROCESS], records.PROCESS):
+            processes.append(process_row(record, cgroup_path))
+        connections.append(typed(slots[kinds == RecordKind.RECORD_CONNECTION], records.CONNECTION))
+    frames = {}
+    if processes:
+        frames["processes"] = rows_frame("processes", processes)
+    if connections and sum(map(len, connections)):
+        frames["connections"] = connections_frame(np.concatenate(connections))
+    return frames
+
+
+def typed(slots: Records, dtype: np.dtype[Any]) -> Records:
+    """Wide slots as records of one kind, which may be shorter than the slot."""
+    raw = slots.view(np.uint8).reshape(len(slots), slots.dtype.itemsize)[:, : dtype.itemsize]
+    return np.ascontiguousarray(raw).view(dtype).reshape(len(slots))
+
+
+def rows_frame(table: str, rows: list[dict[str, Any]]) -> pl.DataFrame:
+    """Rows as a DataFrame with the table's schema, sorted by time."""
+    return pl.DataFrame(rows, schema=SCHEMAS[table]).sort("time_ns")

@@ -1,0 +1,114 @@
+"""Writes a recording: segments and meta.json, each aside and renamed when it is complete."""
+
+import os
+import zlib
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import polars as pl
+
+from scope_ebpf.errors import RecordingError
+from scope_ebpf.recording.meta import Meta, RecorderUse, TableCount, write_meta
+from scope_ebpf.recording.directory import DIRECTORY_MODE
+from scope_ebpf.recording.schema import SCHEMAS, segment_name
+
+FILE_MODE = 0o600
+
+
+class RecordingWriter:
+    """Writes tables segment by segment. Not thread-safe; one thread writes."""
+
+    def __init__(self, path: Path, meta: Meta) -> None:
+        """Write the first meta.json into the recording's directory, which exists.
+
+        Raises:
+            RecordingError: the directory cannot be written to.
+        """
+        self.path = path
+        self.meta = meta
+        self.rows = dict.fromkeys(SCHEMAS, 0)
+        self.bytes_on_disk = 0
+        self._numbers = dict.fromkeys(SCHEMAS, 0)
+        # the first segment of a table must not wait for its folder to be made
+        for table in SCHEMAS:
+            self._make_folder(path / table)
+        write_meta(path, meta, durable=True)
+
+    def write(self, table: str, rows: pl.DataFrame) -> None:
+        """Append a segment with these rows, sorted by their first column, to a table.
+
+        Raises:
+            RecordingError: it could not be written; the recording is whole without it.
+        """
+        if rows.is_empty():
+            return
+        content = BytesIO()
+        rows.write_parquet(content, compression="zstd", compression_level=1)
+        data = content.getbuffer()
+        number = self._numbers[table] + 1
+        name = segment_name(number, zlib.crc32(data))
+        folder = self.path / table
+        part = folder / f".{name}.part"
+        try:
+            with open(part, "xb", opener=_private) as stream:
+                stream.write(data)
+            part.rename(folder / name)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise RecordingError(
+                f"cannot write to {self.path}: {error.strerror};"
+                " what was recorded until then is in it, unless it was removed"
+            ) from error
+        self._numbers[table] = number
+        self.rows[table] += len(rows)
+        self.bytes_on_disk += len(data)
+
+    def write_meta(
+        self,
+        lost: dict[str, int],
+        use: RecorderUse,
+        *,
+        ended_ns: int | None = None,
+        complete: bool = False,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        """Write meta.json anew, with the counts so far.
+
+        Args:
+            lost: lost events by table, with `tasks` for threads that were not taken up.
+            use: what recording took so far.
+            ended_ns: when recording ended; None while it goes on.
+            complete: everything that was drained is in the tables.
+            notes: sentences to add.
+
+        Raises:
+            RecordingError: it could not be written.
+        """
+        counts = {
+            table: TableCount(rows=self.rows[table], lost=lost.get(table, 0)) for table in self.rows
+        }
+        counts["payloads"] = TableCount(rows=0, lost=lost.get("payloads", 0))
+        self.meta = replace(
+            self.meta,
+            tables=counts,
+            lost_tasks=lost.get("tasks", 0),
+            recorder=use,
+            ended_ns=ended_ns,
+            complete=complete,
+            notes=[*self.meta.notes, *notes],
+        )
+        write_meta(self.path, self.meta, durable=ended_ns is not None)
+
+    def _make_folder(self, folder: Path) -> None:
+        try:
+            folder.mkdir(mode=DIRECTORY_MODE)
+        except OSError as error:
+            raise RecordingError(
+                f"cannot create {folder}: {error.strerror}; choose another place with -o"
+            ) from error
+
+
+def _private(path: str, flags: int) -> int:
+    """An opener for files that only their owner may read."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
