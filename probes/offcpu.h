@@ -88,8 +88,11 @@ static __always_inline void switch_in(struct cpu_state *cpu, struct task_struct 
 		write_offcpu(cpu, task, record, now ?: bpf_ktime_get_ns());
 	record->left_ns = record->woken_ns = 0;
 	if (record->phase != PHASE_NORMAL) {
-		cpu->recheck = 1;
-		return;
+		/* the call programs find out what the phase means; without them it means nothing */
+		cpu->recheck = record_syscalls || record_messages;
+		if (cpu->recheck)
+			return;
+		record->phase = PHASE_NORMAL;
 	}
 	cpu->traced = (__u64)task;
 	if (record->in_flight) {
