@@ -68,6 +68,7 @@ class Btf:
         self.types = types
         self._strings = strings
         self._by_name: dict[tuple[int, str], BtfType] = {}
+        self._dtypes: dict[str, np.dtype[np.void]] = {}
         for entry in types:
             if entry.name:
                 self._by_name.setdefault((entry.kind, entry.name), entry)
@@ -124,6 +125,12 @@ class Btf:
         Raises:
             FormatError: the struct is missing, or has a member that numpy cannot show.
         """
+        return self._struct_dtype(name, 0)
+
+    def _struct_dtype(self, name: str, depth: int) -> np.dtype[np.void]:
+        # remembered: two members of each struct that is the next one would else take 2**depth steps
+        if name in self._dtypes:
+            return self._dtypes[name]
         entry = self.find(STRUCT, name)
         names: list[str] = []
         formats: list[np.dtype[np.generic]] = []
@@ -133,10 +140,10 @@ class Btf:
             if entry.kind_flag or offset % 8:
                 raise FormatError(f"struct {name} has a bit field, which records must not have")
             names.append(self._name(name_offset))
-            formats.append(self._member_dtype(type_id, 0))
+            formats.append(self._member_dtype(type_id, depth))
             offsets.append(offset // 8)
         try:
-            return np.dtype(
+            self._dtypes[name] = np.dtype(
                 {
                     "names": names,
                     "formats": formats,
@@ -144,8 +151,9 @@ class Btf:
                     "itemsize": entry.size_or_type,
                 }
             )
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise FormatError(f"struct {name} has an impossible layout: {error}") from error
+        return self._dtypes[name]
 
     def enum_values(self, name: str) -> dict[str, int]:
         """The constants of an enum, by name.
@@ -188,13 +196,16 @@ class Btf:
         if entry.kind == ENUM and entry.size_or_type in (1, 2, 4, 8):
             return np.dtype(f"<u{entry.size_or_type}")
         if entry.kind == STRUCT:
-            return self.record_dtype(entry.name)
+            return self._struct_dtype(entry.name, depth + 1)
         if entry.kind == ARRAY:
             element, _, count = struct.unpack("<III", entry.body)
             inner = self._member_dtype(element, depth + 1)
-            if inner.itemsize == 1:
-                return np.dtype(f"V{count}") if count else np.dtype("V1")
-            return np.dtype((inner, (count,)))
+            try:
+                if inner.itemsize == 1:
+                    return np.dtype(f"V{count}") if count else np.dtype("V1")
+                return np.dtype((inner, (count,)))
+            except (ValueError, TypeError, OverflowError) as error:
+                raise FormatError(f"the BTF has an impossible array: {error}") from error
         raise FormatError(f"a record has a member of a kind ({entry.kind}) that numpy cannot show")
 
 

@@ -247,13 +247,13 @@ class Capture:
             marked.append(fresh)
         if self._records_calls():
             self._object.attach(*CALL_PROGRAMS)
-        self._states["recheck"] = 1
+        self._states["running"] = 0
         return np.concatenate(marked)
 
     def mark_tasks(self) -> Records:
         """Take up every running thread that belongs to the targets; returns MARKED_TASK records."""
         data = self._object.iterate("on_mark_tasks")
-        self._states["recheck"] = 1
+        self._states["running"] = 0
         return np.frombuffer(data, dtype=records.MARKED_TASK)
 
     def marks_wanted(self) -> int:

@@ -1,19 +1,23 @@
 """cgroups of the unified hierarchy: their ids, which are the inode numbers of their directories."""
 
 import os
+import re
 from pathlib import Path
 
 from scope_ebpf.errors import TargetError
 
 MOUNTS = Path("/proc/self/mounts")
+ESCAPE = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 def mount_point(mounts: Path = MOUNTS) -> Path | None:
     """Where the unified hierarchy (cgroup2) is mounted; None if it is not."""
-    for line in mounts.read_text(errors="replace").splitlines():
-        fields = line.split()
-        if len(fields) > 2 and fields[2] == "cgroup2":
-            return Path(fields[1].encode().decode("unicode_escape"))
+    for line in mounts.read_bytes().split(b"\n"):
+        fields = line.split(b" ")
+        if len(fields) > 2 and fields[2] == b"cgroup2":
+            # the kernel writes white space and backslashes as three octal digits (seq_path)
+            plain = ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), fields[1])
+            return Path(os.fsdecode(plain))
     return None
 
 
@@ -29,9 +33,15 @@ def resolve(name: str) -> Path:
             f"cannot record the cgroup {name}: no unified hierarchy is mounted;"
             " run `sudo mount -t cgroup2 none /sys/fs/cgroup`, or use attach --pid"
         )
+    if not name:  # an empty variable of a shell, not the root with every process of the host
+        raise TargetError("cannot record a cgroup without a name; / is the whole hierarchy")
     for candidate in (Path(name), root / name.lstrip("/")):
-        resolved = Path(os.path.realpath(candidate))
-        if resolved.is_dir() and (resolved == root or root in resolved.parents):
+        try:
+            resolved = Path(os.path.realpath(candidate))
+        except ValueError:  # no path at all: a zero byte in it
+            continue
+        # os.path: Path.is_dir() raises for a name that is too long or may not be looked at
+        if os.path.isdir(resolved) and (resolved == root or root in resolved.parents):
             return resolved
     raise TargetError(
         f"cannot record the cgroup {name}: it is no directory below {root};"
@@ -62,5 +72,5 @@ class CgroupPaths:
         """The cgroup's path below the root of the hierarchy; None if it is gone or not visible."""
         if identity not in self._paths and self._root is not None:
             for number, directory in descendants(self._root).items():
-                self._paths[number] = "/" + str(directory.relative_to(self._root)).lstrip(".")
+                self._paths[number] = "/" + "/".join(directory.relative_to(self._root).parts)
         return self._paths.setdefault(identity, None)

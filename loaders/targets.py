@@ -88,7 +88,8 @@ def find_target(tgid: int) -> Target:
         raise TargetError(
             f"cannot attach to process {tgid}: {comm} is a thread of the kernel, not a process"
         )
-    if fields[0] in "ZX":
+    # field 20 counts threads: a process whose first thread has ended may go on in others
+    if fields[0] in "ZX" and not (len(fields) > 17 and int(fields[17]) > 1):
         raise TargetError(f"cannot attach to process {tgid}: {comm} has ended and waits for its parent")
     return Target(tgid, comm, split_arguments(command_line(tgid)))
 

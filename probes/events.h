@@ -9,6 +9,8 @@
 #ifndef SCOPE_EVENTS_H
 #define SCOPE_EVENTS_H
 
+#define UNKNOWN_NS 0xffffffffffffffffULL /* a time that was not seen */
+
 enum record_limits {
 	COMM_BYTES = 16,
 	ADDRESS_BYTES = 16,
@@ -55,6 +57,7 @@ enum call_status {
 	STATUS_OPEN = 2,	 /* it still ran when the recording ended: duration is up to there */
 	STATUS_NO_RETURN = 3,	 /* the thread ended inside it */
 	STATUS_THROUGHOUT = 5,	 /* both: it ran from before the recording to after its end */
+	STATUS_END_LATE = 6,	 /* offcpu: its end was not seen; the duration is up to the next call */
 	STATUS_REFUSED = 4,	 /* seccomp or a tracer refused it before it began: no duration */
 };
 
@@ -135,7 +138,7 @@ struct offcpu {
 	__u64 duration_ns; /* waiting and runnable */
 	__u32 tgid;
 	__u32 tid;
-	__u64 runnable_ns;	/* of duration_ns: ready to run, waiting for a CPU */
+	__u64 runnable_ns;	/* of duration_ns: ready to run, waiting for a CPU; or UNKNOWN_NS */
 	__u64 syscall_start_ns; /* start_ns of that call in syscalls, or 0 */
 	__u32 waker_tgid;
 	__u32 waker_tid;
@@ -225,24 +228,23 @@ struct flight {
 
 /*
  * What a CPU knows, one element of the map `cpus`. User space maps it, too: it reads the heads and the
- * losses, and writes the tails and `recheck`. Each writer has cache lines of its own.
+ * losses, and writes the tails and, to have the running thread looked up again, 0 into `running`.
  */
 struct cpu_state {
 	/* the running thread */
-	__u64 traced;	     /* task that runs here, if it is recorded */
-	__u64 flight_task;   /* whose call `flight` is, or 0 */
+	__u64 running;	   /* task that is known to run here, 0: none is */
+	__u64 traced;	   /* the same if it is recorded, else 0 */
+	__u64 flight_task; /* whose call `flight` is, or 0 */
 	struct flight flight;
-	__u64 reserved1;
 	/* producers */
 	__u64 hot_head; /* slots ever reserved */
 	__u64 wide_head;
 	__u64 lost[LOSS_KINDS];
-	__u64 reserved2[6];
+	__u64 reserved1[6];
 	/* user space */
 	__u64 hot_tail; /* slots ever given back */
 	__u64 wide_tail;
-	__u64 recheck; /* 1: look the running task up again */
-	__u64 reserved3[5];
+	__u64 reserved2[6];
 };
 
 #endif

@@ -15,8 +15,8 @@
 #define SCOPE_PROCESSES_H
 
 #include "state.h"
+#include "running.h"
 #include "syscalls.h"
-#include "offcpu.h"
 
 enum {
 	MAX_ANCESTORS = 64,
@@ -52,7 +52,7 @@ int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 {
 	struct cpu_state *cpu = this_cpu();
 	bool thread = parent->tgid == child->tgid;
-	struct task_record *record;
+	struct task_record *record, fresh = {};
 	struct process *process;
 	__u64 index;
 
@@ -62,14 +62,13 @@ int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 	if (record ? record->phase == PHASE_DORMANT || (!thread && !follow_children)
 		   : !record_everything || parent->tgid == recorder_tgid)
 		return 0;
-	record = new_record_of(child);
-	if (!record) {
+	fresh.phase = PHASE_NEWBORN;
+	fresh.left_ns = bpf_ktime_get_ns();
+	fresh.left_state = TASK_RUNNING;
+	if (!new_record_of(child, &fresh)) {
 		count_loss(cpu, LOSS_TASKS);
 		return 0;
 	}
-	record->phase = PHASE_NEWBORN;
-	record->left_ns = bpf_ktime_get_ns();
-	record->left_state = TASK_RUNNING;
 	process = process_reserve(cpu, child, thread ? PROCESS_THREAD : PROCESS_FORK, &index);
 	if (!process)
 		return 0;
@@ -92,7 +91,7 @@ int BPF_PROG(on_exec, struct task_struct *task, int old_tid, struct linux_binprm
 	if (record->phase == PHASE_DORMANT) {
 		/* from here on; the exit of this execve, whose entry was not recorded, is skipped */
 		record->phase = PHASE_NEWBORN;
-		cpu->recheck = 1;
+		cpu->running = 0;
 	}
 	process = process_reserve(cpu, task, PROCESS_EXEC, &index);
 	if (!process)
@@ -196,7 +195,7 @@ int on_mark_tasks(struct bpf_iter__task *ctx)
 {
 	struct task_struct *task = ctx->task;
 	struct marked_task marked = {};
-	struct task_record *record;
+	struct task_record fresh = {};
 	__u32 kind;
 
 	if (!task)
@@ -204,23 +203,21 @@ int on_mark_tasks(struct bpf_iter__task *ctx)
 	kind = wanted(task);
 	if (!kind)
 		return 0;
-	record = record_of(task);
-	marked.seen_before = record != NULL;
-	if (!record) {
-		record = new_record_of(task);
-		if (!record) {
+	marked.seen_before = record_of(task) != NULL;
+	if (!marked.seen_before) {
+		fresh.marked_ns = bpf_ktime_get_ns();
+		fresh.phase = kind == TARGET_AFTER_EXEC ? PHASE_DORMANT : PHASE_ATTACHED;
+		if (!task->on_cpu && fresh.phase == PHASE_ATTACHED) {
+			fresh.left_ns = fresh.marked_ns;
+			fresh.left_state = task_state(task);
+			fresh.left_status = STATUS_BEGAN_BEFORE;
+		}
+		if (!new_record_of(task, &fresh)) {
 			struct cpu_state *cpu = this_cpu();
 
 			if (cpu)
 				count_loss(cpu, LOSS_TASKS);
 			return 0;
-		}
-		record->marked_ns = bpf_ktime_get_ns();
-		record->phase = kind == TARGET_AFTER_EXEC ? PHASE_DORMANT : PHASE_ATTACHED;
-		if (!task->on_cpu && record->phase == PHASE_ATTACHED) {
-			record->left_ns = record->marked_ns;
-			record->left_state = task_state(task);
-			record->left_status = STATUS_BEGAN_BEFORE;
 		}
 	}
 	marked.tgid = task->tgid;
@@ -293,7 +290,11 @@ int on_list_open(struct bpf_iter__task *ctx)
 		offcpu.tgid = task->tgid;
 		offcpu.tid = task->pid;
 		offcpu.state = record->left_state;
-		offcpu.runnable_ns = record->left_state == TASK_RUNNING ? offcpu.duration_ns : 0;
+		offcpu.runnable_ns = UNKNOWN_NS;
+		if (record->left_state == TASK_RUNNING)
+			offcpu.runnable_ns = offcpu.duration_ns;
+		else if (!record->woken_ns && record->left_status == STATUS_COMPLETE)
+			offcpu.runnable_ns = 0;
 		offcpu.syscall_start_ns = flight ? flight->start_ns : 0;
 		bpf_seq_write(ctx->meta->seq, &offcpu, sizeof(offcpu));
 	}

@@ -43,6 +43,7 @@ const volatile struct record_layouts {
 } record_layouts = {};
 
 enum {
+	TASK_RUNNING = 0,
 	/* slots kept free, since producers that interrupt each other check before they take */
 	RING_MARGIN = 16,
 };
@@ -184,9 +185,11 @@ static __always_inline struct task_record *record_of(struct task_struct *task)
 	return bpf_task_storage_get(&tasks, task, NULL, 0);
 }
 
-static __always_inline struct task_record *new_record_of(struct task_struct *task)
+/* With its content from the first moment on: the task may be switched in on another CPU at once. */
+static __always_inline struct task_record *new_record_of(struct task_struct *task,
+							 struct task_record *content)
 {
-	return bpf_task_storage_get(&tasks, task, NULL, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	return bpf_task_storage_get(&tasks, task, content, BPF_LOCAL_STORAGE_GET_F_CREATE);
 }
 
 static __always_inline __u64 cgroup_of(struct task_struct *task)

@@ -12,42 +12,8 @@
 #ifndef SCOPE_SYSCALLS_H
 #define SCOPE_SYSCALLS_H
 
+#include "running.h"
 #include "state.h"
-
-enum found {
-	FOUND_NOTHING,
-	FOUND_TRACED,	/* recorded, and nothing is in flight */
-	FOUND_NEWBORN,	/* it is leaving its parent's fork */
-	FOUND_ATTACHED, /* it was marked while it ran; *since says when */
-};
-
-/* The slow way, after a thread was marked or forked: is the running thread recorded, and since when? */
-__noinline int look_up_running(struct cpu_state *cpu, __u64 *since)
-{
-	struct task_struct *task = bpf_get_current_task_btf();
-	struct task_record *record;
-	__u8 phase;
-
-	if (!cpu || !since)
-		return FOUND_NOTHING;
-	cpu->recheck = 0;
-	record = record_of(task);
-	if (!record && record_everything && task->tgid != recorder_tgid) {
-		record = new_record_of(task);
-		if (!record)
-			count_loss(cpu, LOSS_TASKS);
-	}
-	if (!record || record->phase == PHASE_DORMANT)
-		return FOUND_NOTHING;
-	cpu->traced = (__u64)task;
-	cpu->flight_task = 0;
-	phase = record->phase;
-	record->phase = PHASE_NORMAL;
-	*since = record->marked_ns;
-	if (phase == PHASE_NEWBORN)
-		return FOUND_NEWBORN;
-	return phase == PHASE_ATTACHED ? FOUND_ATTACHED : FOUND_TRACED;
-}
 
 static __always_inline void write_call(struct cpu_state *cpu, struct task_struct *task,
 				       struct flight *flight, __u64 duration_ns, __s64 result, __u8 status)
@@ -102,7 +68,7 @@ int BPF_PROG(on_sys_enter, struct pt_regs *regs, long number)
 	if (!cpu)
 		return 0;
 	if (cpu->traced != (__u64)task &&
-	    (!cpu->recheck || look_up_running(cpu, &since) == FOUND_NOTHING))
+	    (cpu->running == (__u64)task || look_up_running(cpu, &since) == FOUND_NOTHING))
 		return 0;
 	take_arguments(&cpu->flight, task, regs, number);
 	cpu->flight_task = (__u64)task;
@@ -149,13 +115,14 @@ int BPF_PROG(on_sys_exit, struct pt_regs *regs, long result)
 		return 0;
 	if (cpu->flight_task != (__u64)task) {
 		if (cpu->traced != (__u64)task) {
-			if (!cpu->recheck)
+			if (cpu->running == (__u64)task)
 				return 0;
 			found = look_up_running(cpu, &since);
 			if (found == FOUND_NOTHING || found == FOUND_NEWBORN)
 				return 0;
 		}
-		return exit_without_entry(cpu, regs, result, found, since);
+		if (cpu->flight_task != (__u64)task)
+			return exit_without_entry(cpu, regs, result, found, since);
 	}
 	duration_ns = bpf_ktime_get_ns() - cpu->flight.start_ns;
 	cpu->flight_task = 0;

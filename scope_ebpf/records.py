@@ -57,6 +57,7 @@ class CallStatus(IntEnum):
     STATUS_OPEN = 2
     STATUS_NO_RETURN = 3
     STATUS_THROUGHOUT = 5
+    STATUS_END_LATE = 6
     STATUS_REFUSED = 4
 
 
@@ -232,17 +233,16 @@ MARKED_TASK: np.dtype[Any] = np.dtype(
 )
 CPU_STATE: np.dtype[Any] = np.dtype(
     [
+        ("running", "<u8"),
         ("traced", "<u8"),
         ("flight_task", "<u8"),
         ("flight", FLIGHT),
-        ("reserved1", "<u8"),
         ("hot_head", "<u8"),
         ("wide_head", "<u8"),
         ("lost", ("<u8", (8,))),
-        ("reserved2", ("<u8", (6,))),
+        ("reserved1", ("<u8", (6,))),
         ("hot_tail", "<u8"),
         ("wide_tail", "<u8"),
-        ("recheck", "<u8"),
-        ("reserved3", ("<u8", (5,))),
+        ("reserved2", ("<u8", (6,))),
     ]
 )

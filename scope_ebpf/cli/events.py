@@ -135,19 +135,31 @@ def _filtered(frame: pl.LazyFrame, where: str | None) -> pl.LazyFrame:
         return frame
     import polars as pl
 
+    polars_errors = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
     try:
         condition = pl.sql_expr(where)
         used = condition.meta.root_names()
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise UsageError(f"--where is not an SQL expression: {_first_line(error)}") from None
+    except polars_errors as error:
+        raise UsageError(
+            f"--where is not an SQL expression: {_first_line(error)}; "
+            "write it like \"duration_ns > 1000000 AND name = 'read'\""
+        ) from None
     schema = frame.collect_schema()
     for name in used:
         if name not in schema:
-            raise UsageError(f"--where: there is no column {_hint(name, schema.names())}")
+            quotes = " (SQL has text in single quotes)" if f'"{name}"' in where else ""
+            hint = _hint(name, schema.names())
+            raise UsageError(f"--where: there is no column {hint}{quotes}")
     try:
+        (result,) = frame.select(condition).collect_schema().values()
+        if result != pl.Boolean:
+            raise UsageError(
+                f"--where is not a condition: {where!r} is {result}, not true or false; "
+                "compare it with something"
+            )
         frame = frame.filter(condition)
         frame.collect_schema()
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+    except polars_errors as error:
         raise _refused(error) from None
     return frame
 
@@ -167,8 +179,6 @@ def _columns(given: str | None, every: Sequence[str]) -> list[str]:
 def _hint(name: str, every: Sequence[str]) -> str:
     close = difflib.get_close_matches(name.lower(), every, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(every)}"
-    if not name.isidentifier():
-        hint += " (SQL writes text in single quotes)"
     return f"{name!r}; {hint}"
 
 
@@ -198,17 +208,18 @@ def _sink(recording: Recording, frame: pl.LazyFrame, where: str | None, *, as_js
     stream = output.ResultStream(sys.stdout.buffer)
     with output.results():
         try:
-            with reading(str(recording.path)):
+            with reading(str(recording.path)), output.ended_by_closed_pipe():
                 if as_json:
                     frame.sink_ndjson(cast("IO[bytes]", stream))
                 else:
                     frame.sink_csv(cast("IO[bytes]", stream))
+                stream.flush()
         except RecordingError as error:
-            if stream.error is not None:
-                raise stream.error from None
             if where is not None and isinstance(error.__cause__, pl.exceptions.PolarsError):
                 raise _refused(error.__cause__) from None
             raise
+        if stream.error is not None:
+            raise stream.error
 
 
 def render(rows: pl.DataFrame, started_ns: int, boottime_offset_ns: int, console: Console) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,7 +37,10 @@ def results() -> Iterator[None]:
 
 
 class ResultStream(io.RawIOBase):
-    """stdout for polars's sinks: it keeps the error that they hide in one of their own."""
+    """stdout for polars's sinks, which wait for ever when writing fails (polars 2.1).
+
+    So an error is kept in `error` instead, and what is left of the results is dropped.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         super().__init__()
@@ -49,19 +53,33 @@ class ResultStream(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         """Write all of it."""
-        try:
-            return self._stream.write(data)
-        except OSError as error:
-            self.error = error
-            raise
+        if self.error is None:
+            try:
+                return self._stream.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
 
     def flush(self) -> None:
         """Flush stdout."""
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self.error = error
-            raise
+        if self.error is None:
+            try:
+                self._stream.flush()
+            except OSError as error:
+                self.error = error
+
+
+@contextmanager
+def ended_by_closed_pipe() -> Iterator[None]:
+    """While this lasts, a reader that has gone ends this process at once, like any Unix filter.
+
+    It is for long results: dropping what is left of them would take as long as printing it.
+    """
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGPIPE, before)
 
 
 def console(*, to_stderr: bool = False) -> Console:

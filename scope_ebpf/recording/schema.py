@@ -104,7 +104,7 @@ SCHEMAS: dict[str, pl.Schema] = {
         {
             "start_ns": pl.Int64,
             "duration_ns": pl.Int64,  # waiting and runnable
-            "runnable_ns": pl.Int64,  # of that: ready to run, waiting for a CPU
+            "runnable_ns": pl.Int64,  # of that: ready to run; null: the wakeup was not seen
             **FLOW,
             "state": pl.UInt32,  # the kernel's task state bits; 0: preempted, ready to run
             "number": pl.UInt16,  # the call that it was in; null: none

@@ -64,7 +64,7 @@ def offcpu_frame(slots: Records, cpus: NDArray[np.uint16]) -> pl.DataFrame:
         {
             "start_ns": rows["start_ns"],
             "duration_ns": rows["duration_ns"],
-            "runnable_ns": rows["runnable_ns"],
+            "runnable_ns": rows["runnable_ns"].view(np.int64),
             "tgid": rows["tgid"],
             "tid": rows["tid"],
             "state": rows["state"],
@@ -82,6 +82,8 @@ def offcpu_frame(slots: Records, cpus: NDArray[np.uint16]) -> pl.DataFrame:
         [records.CallStatus.STATUS_OPEN, records.CallStatus.STATUS_THROUGHOUT]
     )
     return columns.with_columns(
+        # UNKNOWN_NS, all bits set
+        pl.when(pl.col("runnable_ns") >= 0).then("runnable_ns"),
         pl.when(pl.col("number") != NO_VALUE).then("number"),
         pl.when(pl.col("syscall_start_ns") != 0).then("syscall_start_ns"),
         pl.when(woken).then("waker_tgid"),

@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Which thread runs on this CPU, and what it was doing: kept at every context switch, so that the system
+ * call programs find it without a look-up.
+ *
+ * Sees:   every context switch of the host.
+ * Misses: some kernels run no BPF program in the context of chosen threads (seen on a cloud provider's
+ *         guest kernel, with the threads of its own agent), so that a switch away from one of them is not
+ *         seen. Then `running` is not the current task; whoever notices looks the task up, and the
+ *         interval off the CPU ends late (STATUS_END_LATE).
+ * Costs:  one program per switch; for recorded threads the clock and one or two look-ups.
+ */
+#ifndef SCOPE_RUNNING_H
+#define SCOPE_RUNNING_H
+
+#include "state.h"
+#include "offcpu.h"
+
+enum found {
+	FOUND_NOTHING,
+	FOUND_TRACED,	/* recorded; its call in flight, if any, is in place */
+	FOUND_NEWBORN,	/* it is leaving its parent's fork */
+	FOUND_ATTACHED, /* it was marked while it ran; *since says when */
+};
+
+/* A recorded thread is on this CPU again: end its interval and put its call in place. */
+static __always_inline void take_up(struct cpu_state *cpu, struct task_struct *task,
+				    struct task_record *record, __u64 now)
+{
+	if (record_offcpu && record->left_ns)
+		write_offcpu(cpu, task, record, now ?: bpf_ktime_get_ns());
+	record->left_ns = record->woken_ns = 0;
+	if (record->in_flight) {
+		cpu->flight = record->flight;
+		cpu->flight_task = (__u64)task;
+		record->in_flight = 0;
+	}
+}
+
+/* The slow way, when it is not known who runs: is the current thread recorded, and since when? */
+__noinline int look_up_running(struct cpu_state *cpu, __u64 *since)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_record *record, fresh = {};
+	__u8 phase;
+
+	if (!cpu || !since)
+		return FOUND_NOTHING;
+	cpu->running = (__u64)task;
+	cpu->traced = cpu->flight_task = 0;
+	record = record_of(task);
+	if (!record && record_everything && task->tgid != recorder_tgid) {
+		record = new_record_of(task, &fresh);
+		if (!record)
+			count_loss(cpu, LOSS_TASKS);
+	}
+	if (!record || record->phase == PHASE_DORMANT)
+		return FOUND_NOTHING;
+	cpu->traced = (__u64)task;
+	phase = record->phase;
+	if (record->left_ns && phase == PHASE_NORMAL)
+		record->left_status = STATUS_END_LATE;
+	take_up(cpu, task, record, 0);
+	record->phase = PHASE_NORMAL;
+	*since = record->marked_ns;
+	if (phase == PHASE_NEWBORN)
+		return FOUND_NEWBORN;
+	return phase == PHASE_ATTACHED ? FOUND_ATTACHED : FOUND_TRACED;
+}
+
+static __always_inline void switch_out(struct cpu_state *cpu, struct task_struct *task, bool preempted,
+				       __u32 state, __u64 now)
+{
+	struct task_record *record = record_of(task);
+
+	if (!record || record->phase == PHASE_DORMANT)
+		return;
+	if (record->left_ns) {
+		/* its switch to this CPU was not seen, and it made no call since */
+		record->left_status = STATUS_END_LATE;
+		take_up(cpu, task, record, now);
+	}
+	if (cpu->flight_task == (__u64)task) {
+		record->flight = cpu->flight;
+		record->in_flight = 1;
+	}
+	record->left_ns = now;
+	record->left_state = preempted ? TASK_RUNNING : state;
+	record->left_status = STATUS_COMPLETE;
+}
+
+static __always_inline void switch_in(struct cpu_state *cpu, struct task_struct *task, __u64 now)
+{
+	struct task_record *record = record_of(task);
+
+	cpu->running = (__u64)task;
+	if (!record) {
+		/* in a whole-host recording a thread is taken up at its next call */
+		if (record_everything)
+			cpu->running = 0;
+		return;
+	}
+	if (record->phase == PHASE_DORMANT)
+		return;
+	take_up(cpu, task, record, now);
+	if (record->phase != PHASE_NORMAL) {
+		/* the call programs find out what the phase means; without them it means nothing */
+		if (record_syscalls || record_messages) {
+			cpu->running = 0;
+			return;
+		}
+		record->phase = PHASE_NORMAL;
+	}
+	cpu->traced = (__u64)task;
+}
+
+SEC("tp_btf/sched_switch")
+int BPF_PROG(on_sched_switch, bool preempted, struct task_struct *previous, struct task_struct *next)
+{
+	struct cpu_state *cpu = this_cpu();
+	__u32 state = 0;
+	__u64 now = 0;
+
+	if (!cpu)
+		return 0;
+	if (cpu->traced == (__u64)previous || (cpu->running != (__u64)previous && previous->pid)) {
+		now = bpf_ktime_get_ns();
+		/* a waker may already have set TASK_WAKING in the task (commit fa2c3254d7cf added the
+		 * argument for that) */
+		if (switch_tells_state)
+			state = ctx[3];
+		else
+			state = task_state(previous);
+		switch_out(cpu, previous, preempted, state, now);
+	}
+	cpu->running = cpu->traced = cpu->flight_task = 0;
+	if (next->pid)
+		switch_in(cpu, next, now);
+	return 0;
+}
+
+#endif
