@@ -21,6 +21,8 @@ class Target:
     tgid: int
     comm: str
     arguments: tuple[str, ...]
+    # when it began, in clock ticks: tells it from a later process with the same id; None: not known
+    started_ticks: int | None = None
 
 
 def parse_stat(text: str) -> tuple[str, list[str]]:
@@ -91,7 +93,32 @@ def find_target(tgid: int) -> Target:
     # field 20 counts threads: a process whose first thread has ended may go on in others
     if fields[0] in "ZX" and not (len(fields) > 17 and int(fields[17]) > 1):
         raise TargetError(f"cannot attach to process {tgid}: {comm} has ended and waits for its parent")
-    return Target(tgid, comm, split_arguments(command_line(tgid)))
+    return Target(tgid, comm, split_arguments(command_line(tgid)), _started_ticks(fields))
+
+
+def check_same(targets: tuple[Target, ...]) -> None:
+    """Refuse targets whose ids belong to other processes by now. Call it when their pidfds are open.
+
+    Raises:
+        TargetError: naming the first.
+    """
+    for target in targets:
+        if target.started_ticks is None:
+            continue
+        try:
+            text = (PROC / str(target.tgid) / "stat").read_text(errors="replace")
+        except OSError:  # gone, and nobody has its id: the kernel will not find it either
+            continue
+        if _started_ticks(parse_stat(text)[1]) != target.started_ticks:
+            raise TargetError(
+                f"cannot attach to process {target.tgid}: it has ended meanwhile, and another one has its"
+                " id; look up the one that you mean again"
+            )
+
+
+def _started_ticks(fields: list[str]) -> int | None:
+    """Field 22 of /proc/PID/stat, from what parse_stat() returns."""
+    return int(fields[19]) if len(fields) > 19 else None
 
 
 def _field(status: str, name: str) -> str:

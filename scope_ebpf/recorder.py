@@ -23,17 +23,19 @@ from scope_ebpf import records
 from scope_ebpf.errors import TargetError
 from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions
 from scope_ebpf.loaders.ring import Records
-from scope_ebpf.loaders.targets import LiveProcesses, Target
+from scope_ebpf.loaders.targets import LiveProcesses, Target, check_same
 
 if TYPE_CHECKING:  # it imports polars, which takes 0.15 s: that is done while events already arrive
     from scope_ebpf.recording.store import Store
 
 # The reader sleeps so long that the fullest ring fills up to FILL_GOAL, between these bounds.
 POLL_SECONDS = (0.005, 0.1)
+# A program that was running on another CPU when it was detached writes its record within this time.
+SETTLE_SECONDS = 0.1
 FILL_GOAL = 1 / 16
 # A segment at least this often, so that kill -9 loses at most the last second; and not larger than this.
-SEGMENT_SECONDS = 0.7
-SEGMENT_SLOTS = 1 << 18
+SEGMENT_SECONDS = 0.85
+SEGMENT_SLOTS = 1 << 17
 # Batches of up to SEGMENT_SLOTS that may wait for the writer.
 WAITING_BATCHES = 3
 STATUS_SECONDS = 0.5
@@ -123,7 +125,8 @@ class Recorder:
         """
         self.plan = plan
         self._on_attached = on_attached
-        self._stop = threading.Event()
+        # a plain flag, not a threading.Event: its set() takes a lock that the interrupted thread may hold
+        self._stopping = False
         self._queue: queue.Queue[Drained | None] = queue.Queue(WAITING_BATCHES)
         self._failure: BaseException | None = None
         self._store: Store | None = None
@@ -131,7 +134,7 @@ class Recorder:
 
     def stop(self) -> None:
         """End the recording in good order; may be called from a signal handler."""
-        self._stop.set()
+        self._stopping = True
 
     def run(self, on_status: Callable[[Status], None] | None = None) -> None:
         """Record until stop(), the end of the duration, or the last target's exit.
@@ -147,6 +150,7 @@ class Recorder:
             live = stack.enter_context(
                 LiveProcesses(tuple(target.tgid for target in self.plan.targets))
             )
+            check_same(self.plan.targets)
             capture = stack.enter_context(Capture(self.plan.options))
             started_ns = time.monotonic_ns()
             marked = capture.start()
@@ -164,6 +168,8 @@ class Recorder:
             writer.start()
             try:
                 self._drain(capture, live, marked, use, on_status)
+            except BaseException as error:  # noqa: BLE001 - raised below, when the writer has ended
+                self._fail(error)
             finally:
                 self._queue.put(None)
                 writer.join()
@@ -184,7 +190,8 @@ class Recorder:
         pending = Drained(marked=[marked], since_ns=time.monotonic_ns())
         next_segment, next_status = began, began + STATUS_SECONDS
         interval, marks = POLL_SECONDS[0], 0
-        while not self._stop.wait(interval):
+        while not self._stopping:
+            time.sleep(interval)
             fill = capture.fill()
             pending.add(capture.drain())
             interval = min(max(interval * FILL_GOAL / max(fill, 1e-6), POLL_SECONDS[0]), POLL_SECONDS[1])
@@ -204,6 +211,10 @@ class Recorder:
                 break
         still_open = capture.stop()
         pending.add(capture.drain())
+        settled = time.monotonic() + SETTLE_SECONDS
+        while capture.fill() and time.monotonic() < settled:
+            time.sleep(0.001)
+            pending.add(capture.drain())
         if len(still_open):
             pending.hot.append((0, 0, still_open))
         self._hand_over(capture, pending, lost)
@@ -246,7 +257,7 @@ class Recorder:
                 self._fail(error)
         try:
             if self._store is not None:
-                self._store.finish()
+                self._store.finish(self._failure)
         except BaseException as error:  # noqa: BLE001 - handed to the main thread
             self._fail(error)
 
@@ -254,4 +265,4 @@ class Recorder:
         """Remember the first failure and end the recording; what still comes is only counted."""
         if self._failure is None:
             self._failure = error
-        self._stop.set()
+        self.stop()

@@ -146,22 +146,26 @@ def _filtered(frame: pl.LazyFrame, where: str | None) -> pl.LazyFrame:
         ) from None
     schema = frame.collect_schema()
     for name in used:
+        if name.startswith("_POLARS_"):
+            raise UsageError("--where cannot hold a query of its own; use open_recording in Python")
         if name not in schema:
             quotes = " (SQL has text in single quotes)" if f'"{name}"' in where else ""
             hint = _hint(name, schema.names())
             raise UsageError(f"--where: there is no column {hint}{quotes}")
     try:
-        (result,) = frame.select(condition).collect_schema().values()
-        if result != pl.Boolean:
+        sample = pl.DataFrame(schema=schema).clear(3).select(condition)
+        if sample.dtypes != [pl.Boolean]:
             raise UsageError(
-                f"--where is not a condition: {where!r} is {result}, not true or false; "
+                f"--where is not a condition: {where!r} is {sample.dtypes[0]}, not true or false; "
                 "compare it with something"
             )
-        frame = frame.filter(condition)
-        frame.collect_schema()
+        if sample.height != 3:
+            raise UsageError(
+                f"--where gives the same for all rows: {where!r}; let it look at a row's columns"
+            )
+        return frame.filter(condition)
     except polars_errors as error:
         raise _refused(error) from None
-    return frame
 
 
 def _columns(given: str | None, every: Sequence[str]) -> list[str]:

@@ -4,9 +4,11 @@ import importlib
 import os
 import signal
 import sys
+from contextlib import suppress
 
 import click
 
+from scope_ebpf.cli.units import printable
 from scope_ebpf.errors import ScopeError
 from scope_ebpf.version import __version__
 
@@ -64,6 +66,7 @@ def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 misused, 130 interrupted."""
     # numpy's linear algebra would start threads that nobody here needs
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    open_standard_streams()
     try:
         result = cli.main(standalone_mode=False)
         code = result if isinstance(result, int) else 0
@@ -75,7 +78,7 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except ScopeError as error:
-        click.echo(f"error: {error}", err=True)
+        complain(f"error: {error}")
         code = error.exit_code
     except BrokenPipeError:
         # the reader of our output has seen enough, as `head` does
@@ -84,10 +87,25 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("SCOPE_EBPF_TRACEBACK"):
             raise
-        click.echo(
+        complain(
             f"error: scope-ebpf itself failed ({type(error).__name__}: {error});"
-            " please report it, with the output under SCOPE_EBPF_TRACEBACK=1",
-            err=True,
+            " please report it, with the output under SCOPE_EBPF_TRACEBACK=1"
         )
         code = 1
     sys.exit(code)
+
+
+def complain(text: str) -> None:
+    """Write one line to stderr, if anybody is there; names in it may be those of traced programs."""
+    with suppress(OSError):
+        click.echo(printable(text), err=True)
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null for what was closed, as by `2>&-`: a file or probe would else get its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))

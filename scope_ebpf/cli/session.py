@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from scope_ebpf.cli.units import printable
 from scope_ebpf.errors import ScopeError
 from scope_ebpf.loaders import privileges
 from scope_ebpf.loaders.capture import CaptureOptions
@@ -48,13 +49,19 @@ class StatusLine:
             f"  {status.bytes_on_disk / 1e6:,.1f} MB  CPU {status.cpu_percent:.1f} %"
         )
         width = shutil.get_terminal_size().columns - 1
-        click.echo(f"\r{line[:width]:<{width}}", nl=False, err=True)
+        say(f"\r{line[:width]:<{width}}", end="")
         self._before, self._shown = status, True
 
     def clear(self) -> None:
         """Leave an empty line behind."""
         if self._shown:
-            click.echo(f"\r{'':<{shutil.get_terminal_size().columns - 1}}\r", nl=False, err=True)
+            say(f"\r{'':<{shutil.get_terminal_size().columns - 1}}\r", end="")
+
+
+def say(text: str, *, end: str = "\n") -> None:
+    """Write to stderr, if anybody is there: a terminal that was closed must not end a recording."""
+    with suppress(OSError):
+        click.echo(f"{text}{end}", nl=False, err=True)
 
 
 def record(
@@ -85,12 +92,11 @@ def record(
     """
     path = recording_path(output if output is not None else default_name(subject))
     owner = privileges.invoking_user(os.environ)
-    create_directory(path, owner)
 
     def attached() -> None:
         on_attached()
         privileges.drop_after_attaching(os.environ)
-        click.echo(f"recording {subject} to {path}; Ctrl-C ends it", err=True)
+        say(f"recording {printable(subject)} to {printable(str(path))}; Ctrl-C ends it")
 
     recorder = Recorder(
         Plan(path, options, targets, tuple(sys.argv), duration), on_attached=attached
@@ -98,19 +104,18 @@ def record(
     line = StatusLine()
     before = {number: signal.signal(number, lambda *_: recorder.stop()) for number in signals}
     try:
-        recorder.run(line.show if sys.stderr.isatty() else None)
-    except ScopeError as error:
-        line.clear()
-        remove_unused(path)
-        if path.exists():
-            click.echo(f"error: {error}", err=True)
+        create_directory(path, owner)
+        try:
+            recorder.run(line.show if sys.stderr.isatty() else None)
+        except BaseException as error:
+            line.clear()
+            remove_unused(path)
+            if not isinstance(error, ScopeError) or not path.exists():
+                raise
+            say(f"error: {printable(str(error))}")
             with suppress(ScopeError):
                 show_summary(path, to_stderr=True)
             raise click.exceptions.Exit(error.exit_code) from error
-        raise
-    except BaseException:
-        remove_unused(path)
-        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

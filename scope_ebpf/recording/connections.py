@@ -34,12 +34,7 @@ def connections_frame(rows: Records) -> pl.DataFrame:
         {
             "time_ns": rows["time_ns"],
             "connection": rows["connection"],
-            "kind": [
-                kind_name(*numbers)
-                for numbers in zip(
-                    family.tolist(), rows["type"].tolist(), rows["protocol"].tolist(), strict=True
-                )
-            ],
+            "kind": kind_names(rows),
             "tgid": rows["tgid"],
             "local_address": address_texts(local, inet),
             "local_port": rows["local_port"],
@@ -60,6 +55,18 @@ def connections_frame(rows: Records) -> pl.DataFrame:
         pl.when(pl.col("peer_inode") != 0).then("peer_inode"),
         pl.when(pl.col("netns") != 0).then("netns"),
     ).sort("time_ns")
+
+
+def kind_names(rows: Records) -> list[str]:
+    """What each socket is; each different combination is named once."""
+    packed = (
+        rows["family"].astype(np.uint64) << np.uint64(32)
+        | rows["type"].astype(np.uint64) << np.uint64(16)
+        | rows["protocol"].astype(np.uint64)
+    )
+    different, which = np.unique(packed, return_inverse=True)
+    names = [kind_name(n >> 32, (n >> 16) & 0xFFFF, n & 0xFFFF) for n in different.tolist()]
+    return [names[number] for number in which.tolist()]
 
 
 def kind_name(family: int, kind: int, protocol: int) -> str:
@@ -86,12 +93,12 @@ def mapped_addresses(addresses: Records, family: NDArray[np.uint16]) -> NDArray[
 
 def address_texts(addresses: NDArray[np.uint8], wanted: NDArray[np.bool_]) -> list[str | None]:
     """Addresses as text, None where none is wanted; each different one is formatted once."""
-    different, which = np.unique(addresses, axis=0, return_inverse=True)
-    texts = [address_text(bytes(address)) for address in different]
-    return [
-        texts[number] if is_wanted else None
-        for number, is_wanted in zip(which.ravel().tolist(), wanted.tolist(), strict=True)
-    ]
+    halves = np.stack(words(addresses), axis=1).view([("high", "<u8"), ("low", "<u8")]).ravel()
+    different, which = np.unique(halves, return_inverse=True)
+    texts = [address_text(address.tobytes()) for address in different]
+    which[~wanted] = len(texts)
+    texts_or_none = [*texts, None]
+    return [texts_or_none[number] for number in which.tolist()]
 
 
 def address_text(address: bytes) -> str:
@@ -102,10 +109,10 @@ def address_text(address: bytes) -> str:
 
 def paths(data: Records, family: NDArray[np.uint16]) -> list[str | None]:
     """Paths of Unix sockets."""
-    return [
-        unix_path(bytes(path)) if number == AF_UNIX else None
-        for path, number in zip(data, family.tolist(), strict=True)
-    ]
+    texts: list[str | None] = [None] * len(data)
+    for row in np.flatnonzero(family == AF_UNIX).tolist():
+        texts[row] = unix_path(bytes(data[row]))
+    return texts
 
 
 def unix_path(data: bytes) -> str | None:

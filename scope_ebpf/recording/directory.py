@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from scope_ebpf.errors import RecordingError
+from scope_ebpf.errors import RecordingError, UsageError
 
 SUFFIX = ".scope"
 META_FILE = "meta.json"
@@ -16,8 +16,14 @@ DIRECTORY_MODE = 0o700
 
 
 def recording_path(name: str | Path) -> Path:
-    """The directory of a recording of that name: with .scope at its end."""
+    """The directory of a recording of that name: with .scope at its end.
+
+    Raises:
+        UsageError: it is no name, such as an empty one or that of a parent directory.
+    """
     path = Path(name)
+    if path.name in ("", ".."):
+        raise UsageError(f"cannot name a recording {str(name)!r}; give a name such as shop.scope with -o")
     return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
 
 
@@ -30,7 +36,12 @@ def create_directory(path: Path, owner: tuple[int, int] | None = None) -> None:
     try:
         path.mkdir(mode=DIRECTORY_MODE)
         if owner is not None and owner != (os.geteuid(), os.getegid()):
-            os.chown(path, *owner)
+            try:
+                # not through a link that somebody put there in the meantime
+                os.chown(path, *owner, follow_symlinks=False)
+            except OSError:
+                path.rmdir()
+                raise
     except FileExistsError as error:
         raise RecordingError(
             f"will not overwrite {path}: it exists; choose another name with -o, or remove it"

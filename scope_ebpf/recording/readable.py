@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import IntEnum
 from functools import cache
 from typing import Final
@@ -29,46 +28,50 @@ CONTEXT: Final = pl.lit(0, dtype=pl.UInt64).alias("context")
 """The flow's logical context (asyncio task, greenlet); 0: the thread itself."""
 
 
-def _labels(values: type[IntEnum], prefix: str) -> dict[int, str]:
-    return {int(value): value.name.removeprefix(prefix).lower() for value in values}
+def _labels(values: type[IntEnum], prefix: str) -> list[str]:
+    """The names by number. A number that is free gets a label that says so."""
+    names = {int(value): value.name.removeprefix(prefix).lower() for value in values}
+    return [names.get(number, f"unknown_{number}") for number in range(max(names) + 1)]
 
 
 _STATUS: Final = _labels(CallStatus, "STATUS_")
 _EVENT: Final = _labels(ProcessEvent, "PROCESS_")
 
-STATUS: Final = pl.Enum(list(_STATUS.values()))
-EVENT: Final = pl.Enum(list(_EVENT.values()))
+STATUS: Final = pl.Enum(_STATUS)
+EVENT: Final = pl.Enum(_EVENT)
 DIRECTION: Final = pl.Enum(["send", "receive"])
 STATE: Final = pl.Enum(["R", "I", *_STATE_LETTERS.values()])
 
 
-def _replace(column: str, labels: Mapping[int, str], dtype: pl.DataType) -> pl.Expr:
-    """The label of each number; null for one without a label."""
-    return pl.col(column).replace_strict(
-        list(labels), list(labels.values()), default=None, return_dtype=dtype
-    )
+def _labelled(number: pl.Expr, labels: pl.Enum) -> pl.Expr:
+    """The label with this number, as the physical value of an Enum; null for one without a label.
+
+    replace_strict would say the same, but takes the whole column into memory before it gives the
+    first row, also in the streaming engine (pola-rs/polars#24393).
+    """
+    physical = pl.UInt8 if len(labels.categories) < 256 else pl.UInt16
+    return number.cast(physical, strict=False).cat.to(labels, strict=False)
 
 
 def status() -> pl.Expr:
     """`status` as text: how much of a call or interval was seen."""
-    return _replace("status", _STATUS, STATUS)
+    return _labelled(pl.col("status"), STATUS)
 
 
 def event() -> pl.Expr:
     """`event` as text: what happened to the process or thread."""
-    return _replace("event", _EVENT, EVENT)
+    return _labelled(pl.col("event"), EVENT)
 
 
 def signal() -> pl.Expr:
     """`signal_name`: the signal that ended a process; null for none."""
-    names = {number: signal_name(number) for number in range(1, _LAST_SIGNAL + 1)}
-    return _replace("signal", names, pl.String()).alias("signal_name")
+    return _labelled(pl.col("signal"), _signals()).cast(pl.String).alias("signal_name")
 
 
 def error() -> pl.Expr:
     """`error`: the errno name of a failed call; null for a call that did not fail."""
-    names = {-number: errno_name(number) for number in range(1, _MAX_ERRNO + 1)}
-    return _replace("result", names, pl.String()).alias("error")
+    number = pl.when(pl.col("result").is_between(-_MAX_ERRNO, -1)).then(-pl.col("result"))
+    return _labelled(number, _errors()).cast(pl.String).alias("error")
 
 
 def syscall_name(number: str, machine: str) -> pl.Expr:
@@ -77,19 +80,34 @@ def syscall_name(number: str, machine: str) -> pl.Expr:
     `machine` is the recorded one, as in meta.json. A 32-bit call on x86-64 is named by the table of
     i386. A number that its table does not have gives `syscall_N`, or `compat_syscall_N`.
     """
-    numbers, names = _syscall_labels(machine)
-    return pl.col(number).replace_strict(numbers, names, default=None, return_dtype=pl.String())
+    column = pl.col(number)
+    native, compat = _syscalls(machine)
+    return (
+        pl.when(column < _COMPAT)
+        .then(_labelled(column, native).cast(pl.String))
+        .otherwise(_labelled(column - _COMPAT, compat).cast(pl.String))
+        .alias(number)
+    )
 
 
 @cache
-def _syscall_labels(machine: str) -> tuple[pl.Series, pl.Series]:
-    # A label for all numbers there can be: a default that is computed from the number would be
-    # computed for every row (polars 2.1), which takes four times as long.
+def _signals() -> pl.Enum:
+    return pl.Enum([signal_name(number) for number in range(_LAST_SIGNAL + 1)])
+
+
+@cache
+def _errors() -> pl.Enum:
+    return pl.Enum([errno_name(number) for number in range(_MAX_ERRNO + 1)])
+
+
+@cache
+def _syscalls(machine: str) -> tuple[pl.Enum, pl.Enum]:
     native = syscall_names(machine)
     compat = syscall_names("i386") if machine in {"x86_64", "amd64"} else {}
-    labels = [native.get(number, f"syscall_{number}") for number in range(_COMPAT)]
-    labels += [compat.get(number, f"compat_syscall_{number}") for number in range(_COMPAT)]
-    return pl.Series(list(range(2 * _COMPAT)), dtype=pl.UInt16), pl.Series(labels)
+    return (
+        pl.Enum([native.get(number, f"syscall_{number}") for number in range(_COMPAT)]),
+        pl.Enum([compat.get(number, f"compat_syscall_{number}") for number in range(_COMPAT)]),
+    )
 
 
 def direction() -> pl.Expr:

@@ -135,8 +135,8 @@ class Recording:
         - `arg0`, `arg1`, `arg2`: the first arguments, as they are in the registers
         - `status`: `complete`, `began_before` (it ran when the recording began: start is when it
           was first seen), `open` (it ran when the recording ended: duration is up to there),
-          `no_return` (the thread ended inside it) or `refused` (seccomp or a tracer refused it);
-          null if unknown
+          `throughout` (both), `no_return` (the thread ended inside it) or `refused` (seccomp or a
+          tracer refused it); null if unknown
         - `cpu`: where it ended
         """
         stored = self._stored("syscalls")
@@ -221,7 +221,8 @@ class Recording:
         - `waker_tgid`, `waker_tid`: who ran where the wakeup came from, null if nothing woke it;
           `waker_number`, `waker_name`: the call that the waker was in, null for none or not traced.
           A waker in a call is evidence, no proof: an interrupt may have done it
-        - `status` as in `syscalls`; `cpu`: where it came back
+        - `status` as in `syscalls`, or `end_late` (its end was not seen: the duration is up to the
+          thread's next call); `cpu`: where it came back
         """
         stored = self._stored("offcpu")
         frame = stored.with_columns(

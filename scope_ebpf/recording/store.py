@@ -93,20 +93,22 @@ class Store:
         if self._failed is not None and not failed_before:
             raise self._failed
 
-    def finish(self) -> None:
-        """Write the recording's end.
+    def finish(self, failure: BaseException | None = None) -> None:
+        """Write the recording's end; `failure` is why it ended too early, if it did.
 
         Raises:
             RecordingError: it could not be written.
         """
         notes: tuple[str, ...] = ()
-        if self._failed is not None:
-            notes = (f"recording ended early: {self._failed}",)
+        failure = self._failed or failure
+        if failure is not None:
+            notes = (f"recording ended early: {failure or type(failure).__name__}",)
+        self._writer.release_reserve()
         self._writer.write_meta(
             self._lost_now(),
             self._recorder_use(),
             ended_ns=time.monotonic_ns(),
-            complete=self._failed is None,
+            complete=failure is None,
             notes=notes,
         )
 

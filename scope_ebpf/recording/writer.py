@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -10,10 +11,13 @@ import polars as pl
 
 from scope_ebpf.errors import RecordingError
 from scope_ebpf.recording.meta import Meta, RecorderUse, TableCount, write_meta
-from scope_ebpf.recording.directory import DIRECTORY_MODE
+from scope_ebpf.recording.directory import DIRECTORY_MODE, META_FILE
 from scope_ebpf.recording.schema import SCHEMAS, segment_name
 
 FILE_MODE = 0o600
+# Room for the last meta.json, so that a full disk does not keep the counts from being written.
+RESERVE_FILE = ".reserve"
+RESERVE_BYTES = 1 << 16
 
 
 class RecordingWriter:
@@ -34,6 +38,19 @@ class RecordingWriter:
         for table in SCHEMAS:
             self._make_folder(path / table)
         write_meta(path, meta, durable=True)
+        reserve = 2 * (path / META_FILE).stat().st_size + RESERVE_BYTES
+        try:
+            with open(path / RESERVE_FILE, "xb", opener=_private) as stream:
+                os.posix_fallocate(stream.fileno(), 0, reserve)
+        except OSError as error:
+            raise RecordingError(
+                f"cannot write to {path}: {error.strerror}; choose another place with -o"
+            ) from error
+
+    def release_reserve(self) -> None:
+        """Give back the room that is kept for the last meta.json, right before it is written."""
+        with suppress(OSError):
+            (self.path / RESERVE_FILE).unlink()
 
     def write(self, table: str, rows: pl.DataFrame) -> None:
         """Append a segment with these rows, sorted by their first column, to a table.
@@ -55,7 +72,8 @@ class RecordingWriter:
                 stream.write(data)
             part.rename(folder / name)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
             raise RecordingError(
                 f"cannot write to {self.path}: {error.strerror};"
                 " what was recorded until then is in it, unless it was removed"
