@@ -26,6 +26,11 @@ class ProgramRuns:
     runs: int
     run_time_ns: int
 
+    @property
+    def ns_per_run(self) -> float:
+        """The mean."""
+        return self.run_time_ns / self.runs
+
 
 @contextmanager
 def enabled() -> Iterator[None]:
@@ -48,9 +53,11 @@ def program_runs(pid: int) -> dict[str, ProgramRuns]:
     """By program, what ran since it was loaded: all programs that a process holds."""
     found = {}
     for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
-        fields = dict(
-            line.split(":\t", 1) for line in entry.read_text().splitlines() if ":\t" in line
-        )
+        try:
+            text = entry.read_text()
+        except FileNotFoundError:
+            continue  # closed meanwhile
+        fields = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
         if "run_cnt" in fields:
             name = program_name(int(fields["prog_id"]))
             found[name] = ProgramRuns(int(fields["run_cnt"]), int(fields["run_time_ns"]))

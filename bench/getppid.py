@@ -42,7 +42,7 @@ class Getppid:
 
     def __init__(self, program: Path, cpu: int) -> None:
         """Prepare; it runs on `cpu` only."""
-        self._command = [program, str(cpu)]
+        self._command = [str(program), str(cpu)]
 
     def __enter__(self) -> Getppid:
         """Start it, and wait until it is ready."""

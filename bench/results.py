@@ -64,7 +64,9 @@ class Section:
         self.rows.append(Row(what, unit, middle, low, high, tuple(samples), note=note))
         return middle
 
-    def ask(self, asked: str, limit: float, unit: str, measured: float | None, note: str = "") -> None:
+    def ask(
+        self, asked: str, limit: float, unit: str, measured: float | None, note: str = ""
+    ) -> None:
         """Compare with what was asked for: at most `limit`."""
         self.targets.append(Target(asked, limit, unit, measured, note))
 
@@ -93,15 +95,18 @@ class Report:
         lines = [
             "# Measured beside asked",
             "",
-            f"{self.machine['processor']}, {self.machine['cpus']} CPUs, Linux {self.machine['kernel']}, "
-            f"{self.started}, {self.seconds:.0f} s in all. Written by `make bench`.",
+            f"{self.machine['processor']}, {self.machine['cpus']} CPUs, "
+            f"Linux {self.machine['kernel']}, {self.started}, {self.seconds:.0f} s in all. "
+            "Written by `make bench`.",
+            "",
             "Alternatives: "
             + "; ".join(f"{name} {version or 'is missing'}" for name, version in tools.items())
             + ".",
         ]
         if self.quick:
             lines += ["", "**A quick run: it shows that everything works, not how fast it is.**"]
-        lines += ["", *_table(
+        lines += [""]
+        lines += _table(
             ("", "asked", "measured", ""),
             [
                 (
@@ -113,9 +118,9 @@ class Report:
                 for section in self.sections
                 for target in section.targets
             ],
-        )]  # fmt: skip
+        )
         for section in self.sections:
-            lines += ["", f"## {section.title}", ""]
+            lines += [f"## {section.title}", ""]
             lines += _table(
                 ("", "median", "from … to", "of", ""),
                 [
@@ -131,7 +136,8 @@ class Report:
                 ],
             )
             lines += [f"- {note}" for note in section.notes]
-        return "\n".join(lines) + "\n"
+            lines += [""] if section.notes else []
+        return "\n".join(lines)
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float]:
@@ -159,4 +165,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     if not rows:
         return []
     lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines] + [""]
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return [*(f"| {' | '.join(line)} |" for line in cells), ""]

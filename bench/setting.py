@@ -33,8 +33,12 @@ class Setting:
     directory: Path
     stack: ExitStack
     quick: bool
-    tools: dict[str, str | None] = field(default_factory=lambda: find_tools())
+    tools: dict[str, str | None] = field(default_factory=dict)
     _shop: MeasuredShop | None = None
+
+    def __post_init__(self) -> None:
+        """Look for the tools."""
+        self.tools.update(find_tools())
 
     @cached_property
     def target_cpu(self) -> int:

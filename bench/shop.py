@@ -1,4 +1,4 @@
-"""The shop of examples/shop in a cgroup of its own, so that its CPU time can be told to the microsecond.
+"""The shop of examples/shop in a cgroup of its own, which tells its CPU time exactly.
 
 Processes come and go (PostgreSQL makes one per connection); the cgroup's count has them all.
 """
@@ -62,7 +62,7 @@ class AccountingGroup:
                 self._count = "cpu.stat"
                 break
         else:
-            raise RuntimeError("cannot count the shop's CPU time: no cgroup with cpuacct is mounted")
+            raise RuntimeError("cannot count the shop's CPU time: no cgroup counts it here")
         self._root = Path(place)
         self.directory = self._root / f"scope-bench-{os.getpid()}"
         self.directory.mkdir()
@@ -108,8 +108,9 @@ class MeasuredShop:
         # when this process is killed, the shop ends itself
         guard = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
         join = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
+        shop = [sys.executable, str(EXAMPLE / "service.py")]
         self._process = subprocess.Popen(
-            [*guard, "sh", "-c", join, self._group.directory, sys.executable, EXAMPLE / "service.py"],
+            [*guard, "sh", "-c", join, str(self._group.directory), *shop],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             text=True,
@@ -151,7 +152,7 @@ class MeasuredShop:
         Raises:
             RuntimeError: the load did not end well.
         """
-        command = [sys.executable, EXAMPLE / "load.py", self.url, "--requests", str(requests)]
+        command = [sys.executable, str(EXAMPLE / "load.py"), self.url, "--requests", str(requests)]
         command += ["--clients", str(clients), "--seed", str(seed)]
         command += ["--think-seconds", str(think_seconds)]
         before = self._group.cpu_ns()

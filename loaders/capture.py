@@ -23,7 +23,9 @@ FAMILIES = ("processes", "syscalls", "messages", "offcpu")
 LIFE_PROGRAMS = ("on_fork", "on_exec", "on_exit", "on_sched_switch")
 CALL_PROGRAMS = ("on_sys_exit", "on_sys_enter")
 CGROUP_PROGRAMS = ("on_cgroup_mkdir", "on_cgroup_attach")
-ITERATORS = ("on_mark_tasks", "on_list_open")
+ITERATORS = ("on_mark_tasks", "on_list_files", "on_list_open")
+# Structs whose layout must be the one that Python reads.
+RECORDS = ("call", "message", "offcpu", "payload", "process", "connection", "marked_task", "cpu_state")
 
 # Ring sizes by default: a second of a fast burst on each CPU of a small host, less on each of a large
 # one, where the work is spread.
@@ -50,6 +52,12 @@ MESSAGE_CALLS = {
     "sendmmsg": _C.MESSAGE_HEADERS,
     "sendfile": _C.MESSAGE_SENDFILE,
     "splice": _C.MESSAGE_SPLICE,
+    # what makes a connection; open is among them for named pipes
+    **dict.fromkeys(("accept", "accept4"), _C.MESSAGE_BIRTH_RESULT),
+    **dict.fromkeys(("open", "openat", "openat2", "creat"), _C.MESSAGE_BIRTH_RESULT),
+    "connect": _C.MESSAGE_BIRTH_FIRST,
+    **dict.fromkeys(("pipe", "pipe2"), _C.MESSAGE_BIRTH_PAIR),
+    "socketpair": _C.MESSAGE_BIRTH_FOURTH,
 }
 
 
@@ -202,8 +210,13 @@ class Capture:
             records.CPU_STATE,
             self.cpus,
         )
-        offset, _ = self._object.variables(".bss")["marks_wanted"]
-        self._marks = array_in(self._object.map_memory(".bss", offset + 8), np.dtype("<u8"), offset // 8 + 1)
+        variables = self._object.variables(".bss")
+        length = max(sum(place) for place in variables.values())
+        memory = self._object.map_memory(".bss", length, writable=True)
+        offset, _ = variables["marks_wanted"]
+        self._marks = np.frombuffer(memory, np.dtype("<u8"), 1, offset)
+        offset, _ = variables["entries_seen"]
+        self._entries_seen = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         self.hot = self._rings("hot", hot_dtype(), self.hot_slots)
         self.wide = self._rings("wide", wide_dtype(self.wide_stride), self.wide_slots)
 
@@ -237,28 +250,40 @@ class Capture:
             for identity in descendants(self.options.cgroup):
                 self._object.update("cgroups", identity, 1, key_bytes=8)
         self._object.attach(*self._programs(), *ITERATORS)
-        marked = [self.mark_tasks()]
+        marked = [self._mark()]
         while True:
             # a child of a thread that was not marked yet may have been missed
-            fresh = self.mark_tasks()
+            fresh = self._mark()
             fresh = fresh[fresh["seen_before"] == 0]
             if not len(fresh):
                 break
             marked.append(fresh)
         if self._records_calls():
             self._object.attach(*CALL_PROGRAMS)
+            self._entries_seen[0] = 1
         self._states["running"] = 0
+        self._meet_connections()
         return np.concatenate(marked)
 
     def mark_tasks(self) -> Records:
         """Take up every running thread that belongs to the targets; returns MARKED_TASK records."""
+        marked = self._mark()
+        self._meet_connections()
+        return marked
+
+    def _meet_connections(self) -> None:
+        """Fix where the bytes of open connections are counted from; their calls are seen already."""
+        if "messages" in self.options.families:
+            self._object.iterate("on_list_files")
+
+    def _mark(self) -> Records:
         data = self._object.iterate("on_mark_tasks")
         self._states["running"] = 0
         return np.frombuffer(data, dtype=records.MARKED_TASK)
 
     def marks_wanted(self) -> int:
         """How often so far the kernel saw something that mark_tasks() has to take up."""
-        return int(self._marks[-1])
+        return int(self._marks[0])
 
     def drain(self) -> Batch:
         """Everything that is complete in the rings now.
@@ -300,7 +325,7 @@ def check_layout(opened: BpfObject) -> None:
     Raises:
         LoadError: naming the first difference.
     """
-    for name in ("call", "message", "offcpu", "payload", "process", "connection", "cpu_state"):
+    for name in RECORDS:
         if opened.btf.record_dtype(name) != getattr(records, name.upper()):
             raise LoadError(
                 f"cannot use {opened.path.name}: its record {name} differs from this version's;"

@@ -42,14 +42,16 @@ def parse_stat(text: str) -> tuple[str, list[str]]:
 
 
 def split_arguments(data: bytes) -> tuple[str, ...]:
-    """The arguments in /proc/PID/cmdline; what is not UTF-8 is escaped.
+    """The arguments in /proc/PID/cmdline without empty ones at the end; what is not UTF-8 is escaped.
 
     >>> split_arguments(b"python3\\0-m\\0app\\0")
     ('python3', '-m', 'app')
     """
+    # a process that rewrote its title leaves zeros behind it
+    data = data.rstrip(b"\0")
     if not data:
         return ()
-    parts = data.removesuffix(b"\0").split(b"\0")
+    parts = data.split(b"\0")
     return tuple(part.decode(errors="backslashreplace") for part in parts)
 
 
@@ -85,19 +87,23 @@ def find_target(tgid: int) -> Target:
             f"cannot attach to {tgid}: it is a thread of process {leader}; attach to {leader}"
         )
     if tgid == os.getpid():
-        raise TargetError(f"cannot attach to process {tgid}: that is this recorder")
+        raise TargetError(f"cannot attach to process {tgid}: that is this recorder; name another one")
     if len(fields) > 6 and int(fields[6]) & PF_KTHREAD:
         raise TargetError(
-            f"cannot attach to process {tgid}: {comm} is a thread of the kernel, not a process"
+            f"cannot attach to process {tgid}: {comm} is a thread of the kernel, not a process;"
+            " `pgrep -a python` lists candidates"
         )
     # field 20 counts threads: a process whose first thread has ended may go on in others
     if fields[0] in "ZX" and not (len(fields) > 17 and int(fields[17]) > 1):
-        raise TargetError(f"cannot attach to process {tgid}: {comm} has ended and waits for its parent")
+        raise TargetError(
+            f"cannot attach to process {tgid}: {comm} has ended and waits for its parent;"
+            " to record it from its start, use `scope-ebpf run`"
+        )
     return Target(tgid, comm, split_arguments(command_line(tgid)), _started_ticks(fields))
 
 
 def check_same(targets: tuple[Target, ...]) -> None:
-    """Refuse targets whose ids belong to other processes by now. Call it when their pidfds are open.
+    """Refuse targets whose ids belong to other processes by now.
 
     Raises:
         TargetError: naming the first.

@@ -92,6 +92,11 @@ enum message_class {
 	MESSAGE_SHAPE = 7,
 	MESSAGE_RECEIVE = 8,  /* a bit beside the shape; else: send */
 	MESSAGE_FLAGS = 16,   /* a bit: BUFFER calls that have flags as fourth argument */
+	/* calls that make a connection, by where its descriptors are when they return: */
+	MESSAGE_BIRTH_RESULT = 32, /* the result */
+	MESSAGE_BIRTH_FIRST = 33,  /* the first argument */
+	MESSAGE_BIRTH_PAIR = 34,   /* two, where the first argument points to */
+	MESSAGE_BIRTH_FOURTH = 35, /* two, where the fourth argument points to */
 };
 
 /* One completed system call. 64 bytes, one cache line. */

@@ -135,6 +135,11 @@ struct signal_struct {
 	int group_exit_code;
 } KERNEL_TYPE;
 
+/* Any struct that begins with 64 bits serves to load a word from an address. */
+struct timespec64 {
+	__s64 tv_sec;
+} KERNEL_TYPE;
+
 struct fdtable {
 	unsigned int max_fds;
 	struct file **fd;
@@ -175,6 +180,7 @@ struct linux_binprm {
 } KERNEL_TYPE;
 
 struct seq_file;
+struct file;
 struct bpf_iter_meta {
 	struct seq_file *seq;
 } KERNEL_TYPE;
@@ -182,6 +188,13 @@ struct bpf_iter_meta {
 struct bpf_iter__task {
 	struct bpf_iter_meta *meta;
 	struct task_struct *task;
+} KERNEL_TYPE;
+
+struct bpf_iter__task_file {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+	__u32 fd;
+	struct file *file;
 } KERNEL_TYPE;
 
 /* ---- files, sockets, pipes ----------------------------------------------------------------------- */
@@ -224,6 +237,7 @@ struct sock_common {
 	__be16 skc_dport;
 	__u16 skc_num;
 	unsigned short skc_family;
+	unsigned long skc_flags;
 	possible_net_t skc_net;
 	struct in6_addr skc_v6_daddr;
 	struct in6_addr skc_v6_rcv_saddr;
@@ -246,7 +260,12 @@ struct sock {
 	struct socket *sk_socket;
 } KERNEL_TYPE;
 
+struct inet_sock {
+	__be16 inet_sport;
+} KERNEL_TYPE;
+
 struct tcp_sock {
+	__u32 rcv_nxt;
 	__u32 copied_seq;
 	__u32 write_seq;
 } KERNEL_TYPE;
@@ -292,6 +311,7 @@ enum {
 	AF_INET6 = 10,
 	IPPROTO_TCP = 6,
 	SOCK_STREAM = 1,
+	SOCK_DONE = 1, /* a bit number in skc_flags: a FIN was received */
 	MSG_OOB = 0x1,
 	MSG_PEEK = 0x2,
 	MSG_ERRQUEUE = 0x2000,
@@ -322,6 +342,26 @@ struct user_mmsghdr {
 	__u32 length;
 	__u32 padding;
 };
+
+/*
+ * Since 6.2 (commit 541c3bad8dc5) any address can be given a kernel type, and its fields be loaded without
+ * calling a helper; the verifier turns the cast into nothing. Before, each field is a helper call.
+ */
+extern void *bpf_rdonly_cast(const void *address, __u32 type) __ksym __weak;
+#define AS(type, address) ((type *)bpf_rdonly_cast(address, bpf_core_type_id_kernel(type)))
+#define READ_FIELD(type, address, field) \
+	(bpf_rdonly_cast ? AS(type, address)->field : BPF_CORE_READ((type *)(address), field))
+
+/* A pointer as a number: what the verifier knows as a pointer cannot be a map's key or be stored. */
+static __always_inline __u64 read_word(const void *address)
+{
+	__u64 word = 0;
+
+	if (bpf_rdonly_cast)
+		return AS(struct timespec64, address)->tv_sec;
+	bpf_probe_read_kernel(&word, sizeof(word), address);
+	return word;
+}
 
 /* ---- access that differs by version or architecture ------------------------------------------------ */
 

@@ -4,8 +4,9 @@
  *
  * Sees:   what moved, over which connection, which bytes of the stream, and the head of the payload at
  *         each turn. TCP: the socket's own sequence numbers. Unix streams and pipes: bytes are counted
- *         per end, from a common origin that is fixed when an end is first seen: what was sent is what
- *         was received plus what is in the queue.
+ *         per end, from a common origin: what was sent is what was received plus what is in the queue.
+ *         That holds only while nobody is about to move bytes, so the origin is fixed when a connection
+ *         is made or, for those that exist already, when the recording begins.
  * Misses: io_uring, sockets used by the kernel itself, kernel TLS's and MPTCP's byte ranges (marked
  *         inexact), the peers of unconnected datagrams. Two threads that write to one stream in the same
  *         instant may have their ranges swapped; a descriptor that another thread closes and reuses
@@ -32,6 +33,8 @@ enum endpoint_kind {
 enum {
 	/* counters start here, so that a range that began before the first sight does not go below 0 */
 	STREAM_ORIGIN = 1 << 30,
+	/* so much goes into a queue in one piece, or not at all (PIPE_BUF) */
+	UNDIVIDED_BYTES = 4096,
 	MAX_QUEUED_BUFFERS = 256,
 	MAX_VECTORS = 8,
 	MAX_HEADERS = 1024, /* UIO_MAXIOV, the kernel's own limit for sendmmsg and recvmmsg */
@@ -42,7 +45,8 @@ struct endpoint {
 	__u64 inode;
 	__u64 sent;
 	__u64 received;
-	__u64 measured_ns; /* when the counters were set from the queue */
+	__u64 sent_measured_ns; /* when the counter was set from the queue */
+	__u64 received_measured_ns;
 	__u64 last_send_ns;
 	__u64 last_receive_ns;
 	__u32 connection;
@@ -52,6 +56,8 @@ struct endpoint {
 	__u8 received_last;
 	__u8 announced;
 	__u8 inexact;
+	__u8 met_idle; /* measured while no call moved its bytes, as far as one can tell */
+	__u8 reserved[7];
 };
 
 struct {
@@ -71,20 +77,12 @@ struct target_end {
 	__u8 reserved[7];
 };
 
-static __always_inline bool resolve(struct task_struct *task, __u32 fd, struct target_end *end)
+static __always_inline bool resolve_file(struct file *file, struct target_end *end)
 {
-	struct fdtable *table = task->files->fdt;
-	struct file **slot = table->fd, *file = NULL;
-	struct inode *inode;
+	struct inode *inode = BPF_CORE_READ(file, f_inode);
+	__u16 mode = BPF_CORE_READ(inode, i_mode) & S_IFMT;
 	void *private;
-	__u16 mode;
 
-	if (fd >= table->max_fds)
-		return false;
-	if (bpf_probe_read_kernel(&file, sizeof(file), slot + fd) || !file)
-		return false;
-	inode = BPF_CORE_READ(file, f_inode);
-	mode = BPF_CORE_READ(inode, i_mode) & S_IFMT;
 	if (mode != S_IFSOCK && mode != S_IFIFO)
 		return false;
 	private = BPF_CORE_READ(file, private_data);
@@ -92,6 +90,18 @@ static __always_inline bool resolve(struct task_struct *task, __u32 fd, struct t
 	end->key = end->is_pipe ? (__u64)private : (__u64)BPF_CORE_READ((struct socket *)private, sk);
 	end->inode = BPF_CORE_READ(inode, i_ino);
 	return end->key;
+}
+
+static __always_inline bool resolve(struct task_struct *task, __u32 fd, struct target_end *end)
+{
+	struct fdtable *table = task->files->fdt;
+	struct file **slot = table->fd, *file = NULL;
+
+	if (fd >= table->max_fds)
+		return false;
+	if (bpf_probe_read_kernel(&file, sizeof(file), slot + fd) || !file)
+		return false;
+	return resolve_file(file, end);
 }
 
 /* Bytes that wait in a Unix stream socket's queue; false if the queue is too long to walk. */
@@ -144,15 +154,6 @@ __noinline int queued_in_pipe(__u64 key, __u64 *bytes)
 	return false;
 }
 
-static __always_inline struct endpoint *new_endpoint(__u64 key, struct endpoint *fresh)
-{
-	fresh->connection = __sync_fetch_and_add(&last_connection, 1) + 1;
-	/* Another CPU may have been quicker: then its entry counts. An entry of a freed socket at the
-	 * same address was found by its inode and deleted before. */
-	bpf_map_update_elem(&endpoints, &key, fresh, BPF_NOEXIST);
-	return bpf_map_lookup_elem(&endpoints, &key);
-}
-
 static __always_inline __u64 unix_peer(__u64 key)
 {
 	return (__u64)BPF_CORE_READ((struct unix_sock *)key, peer);
@@ -163,87 +164,121 @@ static __always_inline __u64 socket_inode(struct sock *sk)
 	return BPF_CORE_READ(sk, sk_socket, file, f_inode, i_ino);
 }
 
-/*
- * Sets the counters of a Unix stream's end, after a call, from its peer's and the queues; makes the peer
- * known if it is not.
- */
-__noinline int measure_unix(__u64 key, struct endpoint *end, bool fresh)
+static __always_inline __u32 inet_ports(__u64 key)
 {
-	__u64 peer_key = unix_peer(key), incoming, outgoing;
-	struct endpoint *peer, other = {};
+	struct inet_sock *inet = (struct inet_sock *)key;
+	struct sock *sk = (struct sock *)key;
 
-	if (!end)
-		return 0;
-	end->measured_ns = bpf_ktime_get_ns();
+	/* not skc_num, which a TCP socket loses when both directions are closed: it can still be read */
+	return BPF_CORE_READ(inet, inet_sport) |
+	       (__u32)BPF_CORE_READ(sk, __sk_common.skc_dport) << 16;
+}
+
+/*
+ * Whether an entry of another inode is still that of the end: it was made while the socket was not
+ * accepted and had no inode. Else it is of a freed socket at the same address.
+ */
+__noinline int accepted_meanwhile(struct target_end *end, struct endpoint *known)
+{
+	struct endpoint *peer;
+	__u64 peer_key;
+
+	if (!end || !known || known->inode || end->is_pipe)
+		return false;
+	peer_key = unix_peer(end->key);
+	peer = bpf_map_lookup_elem(&endpoints, &peer_key);
+	if (!peer || peer->connection != known->peer_connection ||
+	    peer->peer_connection != known->connection ||
+	    peer->inode != socket_inode((struct sock *)peer_key))
+		return false;
+	known->inode = end->inode;
+	return true;
+}
+
+static __always_inline bool is_current(struct target_end *end, struct endpoint *known)
+{
+	if (known->inode != end->inode && !accepted_meanwhile(end, known))
+		return false;
+	return !known->ports || known->ports == inet_ports(end->key);
+}
+
+/* Measures a new end of a Unix stream, and its peer if that is not known: into *other. */
+static __always_inline void measure_unix(__u64 key, struct endpoint *fresh, __u64 peer_key,
+					 struct endpoint *other)
+{
+	__u64 incoming = 0, outgoing = 0, inode = socket_inode((struct sock *)peer_key);
+	struct endpoint *peer;
+
 	if (!peer_key || !queued_in_socket(key, &incoming) || !queued_in_socket(peer_key, &outgoing)) {
-		end->inexact = 1;
-		return 0;
+		fresh->inexact = 1;
+		return;
 	}
 	peer = bpf_map_lookup_elem(&endpoints, &peer_key);
-	if (peer && peer->peer_connection && peer->peer_connection != end->connection && fresh) {
-		/* it talked to another socket before: a new connection at an old address */
+	if (peer && (!inode || peer->inode != inode)) {
+		/* a new connection at an old address */
 		bpf_map_delete_elem(&endpoints, &peer_key);
 		peer = NULL;
 	}
-	if (!peer) {
-		other.inode = socket_inode((struct sock *)peer_key);
-		other.kind = ENDPOINT_UNIX;
-		other.sent = STREAM_ORIGIN + incoming;
-		other.received = STREAM_ORIGIN;
-		other.measured_ns = end->measured_ns;
-		other.peer_connection = end->connection;
-		peer = new_endpoint(peer_key, &other);
-		if (!peer) {
-			end->inexact = 1;
-			return 0;
-		}
+	if (peer) {
+		fresh->sent = peer->received + outgoing;
+		fresh->received = peer->sent - incoming;
+		fresh->peer_connection = peer->connection;
+		return;
 	}
+	fresh->sent += outgoing;
+	*other = *fresh;
+	other->inode = inode;
+	other->sent = STREAM_ORIGIN + incoming;
+	other->connection = __sync_fetch_and_add(&last_connection, 1) + 1;
+	other->peer_connection = fresh->connection;
+	fresh->peer_connection = other->connection;
+}
+
+/* Tells both ends of a Unix stream of each other, whoever made their entries. */
+static __always_inline void link_unix(struct endpoint *end, __u64 peer_key, struct endpoint *other)
+{
+	struct endpoint *peer;
+
+	if (other->connection)
+		bpf_map_update_elem(&endpoints, &peer_key, other, BPF_NOEXIST);
+	peer = bpf_map_lookup_elem(&endpoints, &peer_key);
+	if (!peer)
+		return;
 	peer->peer_connection = end->connection;
 	end->peer_connection = peer->connection;
-	end->sent = peer->received + outgoing;
-	end->received = peer->sent - incoming;
-	return 0;
 }
 
-__noinline int measure_pipe(__u64 key, struct endpoint *end, bool receive, bool fresh)
+/*
+ * Makes an end known and fixes where its bytes are counted from; for a Unix stream the other end, too.
+ * Returns whether it was this call that did so.
+ */
+__noinline int meet(struct target_end *end, bool idle)
 {
-	__u64 queued;
-
-	if (!end)
-		return 0;
-	end->measured_ns = bpf_ktime_get_ns();
-	if (!queued_in_pipe(key, &queued))
-		end->inexact = 1;
-	else if (receive && !fresh)
-		end->received = end->sent - queued;
-	else
-		end->sent = end->received + queued;
-	return 0;
-}
-
-static __always_inline __u32 inet_ports(__u64 key)
-{
-	struct sock *sk = (struct sock *)key;
-
-	return BPF_CORE_READ(sk, __sk_common.skc_num) | BPF_CORE_READ(sk, __sk_common.skc_dport) << 16;
-}
-
-__noinline int first_sight(struct target_end *end, bool receive)
-{
-	struct endpoint fresh = {}, *found;
-	struct sock *sk;
+	struct endpoint fresh = {}, other = {}, *found;
+	__u64 key, queued, peer_key = 0;
 	__u16 family, type;
-	__u64 key;
+	struct sock *sk;
 
 	if (!end)
-		return 0;
+		return false;
 	key = end->key;
 	sk = (struct sock *)key;
+	found = bpf_map_lookup_elem(&endpoints, &key);
+	if (found && is_current(end, found))
+		return false;
+	if (found)
+		bpf_map_delete_elem(&endpoints, &key);
 	fresh.inode = end->inode;
-	bpf_map_delete_elem(&endpoints, &key);
+	fresh.sent = fresh.received = STREAM_ORIGIN;
+	fresh.met_idle = idle;
+	fresh.connection = __sync_fetch_and_add(&last_connection, 1) + 1;
+	fresh.sent_measured_ns = fresh.received_measured_ns = bpf_ktime_get_ns();
 	if (end->is_pipe) {
 		fresh.kind = ENDPOINT_PIPE;
-		fresh.sent = fresh.received = STREAM_ORIGIN;
+		if (queued_in_pipe(key, &queued))
+			fresh.sent += queued;
+		else
+			fresh.inexact = 1;
 	} else {
 		family = BPF_CORE_READ(sk, __sk_common.skc_family);
 		type = BPF_CORE_READ(sk, sk_socket, type);
@@ -253,17 +288,63 @@ __noinline int first_sight(struct target_end *end, bool receive)
 				fresh.kind = ENDPOINT_TCP;
 		} else if (family == AF_UNIX && type == SOCK_STREAM) {
 			fresh.kind = ENDPOINT_UNIX;
+			peer_key = unix_peer(key);
+			measure_unix(key, &fresh, peer_key, &other);
 		}
-		fresh.inexact = fresh.kind == ENDPOINT_OTHER;
+		if (fresh.kind == ENDPOINT_OTHER)
+			fresh.inexact = 1;
 	}
-	found = new_endpoint(key, &fresh);
-	if (!found)
+	/* another CPU may have been quicker: then its entry counts */
+	if (bpf_map_update_elem(&endpoints, &key, &fresh, BPF_NOEXIST))
+		return false;
+	found = bpf_map_lookup_elem(&endpoints, &key);
+	if (found && peer_key)
+		link_unix(found, peer_key, &other);
+	return true;
+}
+
+/* Whether an end's bytes have to be counted, since the kernel does not. */
+static __always_inline bool counts_bytes(struct target_end *end)
+{
+	struct sock *sk = (struct sock *)end->key;
+
+	return end->is_pipe || (BPF_CORE_READ(sk, __sk_common.skc_family) == AF_UNIX &&
+				BPF_CORE_READ(sk, sk_socket, type) == SOCK_STREAM);
+}
+
+/* Sets the counter of one direction from the other end's and the queue, after a call. */
+__noinline int measure_again(__u64 key, struct endpoint *end, bool receive, __u32 length)
+{
+	__u64 peer_key = key, queue = key, queued = 0, before, after;
+	struct endpoint *peer = end;
+
+	if (!end)
 		return 0;
-	if (found->kind == ENDPOINT_UNIX)
-		measure_unix(key, found, true);
-	else if (found->kind == ENDPOINT_PIPE)
-		measure_pipe(key, found, receive, true);
-	return 1;
+	if (end->kind == ENDPOINT_UNIX) {
+		peer_key = unix_peer(key);
+		peer = bpf_map_lookup_elem(&endpoints, &peer_key);
+		if (!receive)
+			queue = peer_key;
+	}
+	if (!peer || !(end->kind == ENDPOINT_UNIX ? queued_in_socket(queue, &queued)
+						  : queued_in_pipe(queue, &queued))) {
+		end->inexact = 1;
+		return 0;
+	}
+	if (receive) {
+		end->received_measured_ns = bpf_ktime_get_ns();
+		end->received = peer->sent - queued;
+		return 0;
+	}
+	before = end->sent;
+	after = peer->received + queued;
+	/* A part of it was counted when the recording began, and a receive may be under way now: how
+	 * large each is cannot be told. */
+	if (end->met_idle && before + length != after)
+		end->inexact = 1;
+	end->sent_measured_ns = bpf_ktime_get_ns();
+	end->sent = after;
+	return 0;
 }
 
 static __always_inline void read_unix_path(struct sock *sk, char *path)
@@ -303,7 +384,8 @@ __noinline int announce(struct cpu_state *cpu, struct target_end *end, struct en
 		connection->protocol = BPF_CORE_READ(sk, sk_protocol);
 		connection->netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
 		if (connection->family == AF_INET || connection->family == AF_INET6) {
-			connection->local_port = BPF_CORE_READ(sk, __sk_common.skc_num);
+			connection->local_port =
+				__builtin_bswap16(BPF_CORE_READ((struct inet_sock *)sk, inet_sport));
 			connection->remote_port =
 				__builtin_bswap16(BPF_CORE_READ(sk, __sk_common.skc_dport));
 		}
@@ -424,27 +506,43 @@ __noinline int write_payload(struct cpu_state *cpu, __u64 hot_index, __u32 lengt
 	return true;
 }
 
+/* Where a TCP socket's receiver stands. A FIN has a number, too: it is not a byte of the stream. */
+static __always_inline __u32 tcp_received(__u64 key)
+{
+	struct tcp_sock *tcp = (struct tcp_sock *)key;
+	struct sock *sk = (struct sock *)key;
+	__u32 copied = BPF_CORE_READ(tcp, copied_seq);
+
+	if (BPF_CORE_READ(sk, __sk_common.skc_flags) & 1 << SOCK_DONE &&
+	    copied == BPF_CORE_READ(tcp, rcv_nxt))
+		copied--;
+	return copied;
+}
+
 /* Moves the endpoint's counters on; returns where the message ends in its stream. */
 static __always_inline __u64 advance(struct target_end *end, struct endpoint *known, bool fresh,
 				     bool receive, bool peek, __u32 length, __u64 start_ns)
 {
+	__u64 measured_ns = receive ? known->received_measured_ns : known->sent_measured_ns;
 	struct tcp_sock *tcp = (struct tcp_sock *)end->key;
 
 	if (known->kind == ENDPOINT_TCP) {
 		if (receive)
-			return (__u32)(BPF_CORE_READ(tcp, copied_seq) + (peek ? length : 0));
+			return (__u32)(tcp_received(end->key) + (peek ? length : 0));
 		return BPF_CORE_READ(tcp, write_seq);
 	}
 	if (peek)
 		return known->received + length;
-	if (fresh || (start_ns < known->measured_ns && !known->inexact)) {
-		/* it overlaps the moment when the counters were set: set them again */
-		if (!fresh && known->kind == ENDPOINT_UNIX)
-			measure_unix(end->key, known, false);
-		else if (!fresh && known->kind == ENDPOINT_PIPE)
-			measure_pipe(end->key, known, receive, false);
-		if (!known->inexact)
-			return receive ? known->received : known->sent;
+	if (fresh && !known->inexact)
+		return receive ? known->received : known->sent;
+	/*
+	 * The call was under way when the counter was set. A connection that was met idle: a receive had
+	 * waited, and a short send, too, and nothing of them was in the counter. Else it may have been.
+	 */
+	if (start_ns < measured_ns && !known->inexact &&
+	    !(known->met_idle && (receive || length <= UNDIVIDED_BYTES))) {
+		measure_again(end->key, known, receive, length);
+		return receive ? known->received : known->sent;
 	}
 	if (receive)
 		return __sync_fetch_and_add(&known->received, length) + length;
@@ -489,18 +587,16 @@ __noinline int write_end(struct cpu_state *cpu, __u32 fd, __u32 length, __u64 du
 	if (!cpu || !resolve(task, fd, &end))
 		return false;
 	known = bpf_map_lookup_elem(&endpoints, &end.key);
-	if (!known || (known->inode != end.inode && known->inode) ||
-	    (known->ports && known->ports != inet_ports(end.key))) {
-		known = first_sight(&end, receive) ? bpf_map_lookup_elem(&endpoints, &end.key) : NULL;
+	if (!known || !is_current(&end, known)) {
+		fresh = meet(&end, false);
+		known = bpf_map_lookup_elem(&endpoints, &end.key);
 		if (!known) {
 			count_loss(cpu, LOSS_MESSAGES);
 			if (flags_and_class & ALSO_CALL)
 				count_loss(cpu, LOSS_SYSCALLS);
 			return true;
 		}
-		fresh = true;
 	}
-	known->inode = end.inode;
 	start_ns = cpu->flight.start_ns;
 	stream_end = advance(&end, known, fresh, receive, flags & FLAG_PEEK, length, start_ns);
 	if (!known->announced)
@@ -550,6 +646,28 @@ __noinline int sum_headers(__u64 headers, __u32 count)
 	return total;
 }
 
+/* Meets what a call made, before anything can move over it. */
+__noinline int meet_new(struct cpu_state *cpu, __u32 class, __u32 result, __u64 fourth)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct target_end end;
+	int fds[2] = {};
+
+	if (!cpu)
+		return 0;
+	if (class == MESSAGE_BIRTH_RESULT)
+		fds[0] = result;
+	else if (class == MESSAGE_BIRTH_FIRST)
+		fds[0] = cpu->flight.arg0;
+	else if (bpf_probe_read_user(fds, sizeof(fds),
+				     (void *)(class == MESSAGE_BIRTH_PAIR ? cpu->flight.arg0 : fourth)))
+		return 0;
+	/* the second descriptor leads to the same pipe, or to the peer: that is met with the first */
+	if (resolve(task, fds[0], &end) && counts_bytes(&end))
+		meet(&end, true);
+	return 0;
+}
+
 static __always_inline __u8 class_of(__u16 number)
 {
 	__u32 index = number;
@@ -571,13 +689,18 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 	struct flight *flight = &cpu->flight;
 	__u8 class = class_of(flight->number), shape = class & MESSAGE_SHAPE;
 	__u32 flags = status | (class & MESSAGE_RECEIVE ? FLAG_RECEIVE : 0) | shape << 16;
-	__u32 length = result, message_flags = 0, arg3;
+	__u32 length = result, message_flags = 0;
+	__u64 arg3;
 
 	if (!class || result < 0)
 		return false;
 	/* the compiler would merge this load with one of `flight`; the verifier wants them apart */
 	arg3 = SYSCALL_ARG3(regs);
 	asm volatile("" : "+r"(arg3));
+	if (class >= MESSAGE_BIRTH_RESULT) {
+		meet_new(cpu, class, result, arg3);
+		return false;
+	}
 	if (shape == MESSAGE_SPLICE) {
 		write_end(cpu, flight->arg0, length, duration_ns, flags | FLAG_RECEIVE);
 		write_end(cpu, flight->arg2, length, duration_ns, flags);
@@ -597,6 +720,23 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 	if (record_syscalls && length == result && !(flight->arg0 >> 32) && !(flight->arg2 >> 32))
 		flags |= ALSO_CALL;
 	return write_end(cpu, flight->arg0, length, duration_ns, flags) && flags & ALSO_CALL;
+}
+
+/* Meets what recorded processes have open, so that it is known before their next call. */
+SEC("iter/task_file")
+int on_list_files(struct bpf_iter__task_file *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct file *file = ctx->file;
+	struct task_record *record;
+	struct target_end end;
+
+	if (!task || !file)
+		return 0;
+	record = record_of(task);
+	if (record && record->phase != PHASE_DORMANT && resolve_file(file, &end) && counts_bytes(&end))
+		meet(&end, true);
+	return 0;
 }
 
 #endif

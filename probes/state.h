@@ -95,6 +95,9 @@ struct {
 	__type(value, __u32);
 } cgroups SEC(".maps");
 
+/* Set by user space when entries are seen, too: an exit without one means something only then. */
+__u32 entries_seen = 0;
+
 /* How often the kernel found something that on_mark_tasks has to take up. */
 __u64 marks_wanted = 0;
 

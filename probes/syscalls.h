@@ -115,7 +115,7 @@ int BPF_PROG(on_sys_exit, struct pt_regs *regs, long result)
 		return 0;
 	if (cpu->flight_task != (__u64)task) {
 		if (cpu->traced != (__u64)task) {
-			if (cpu->running == (__u64)task)
+			if (cpu->running == (__u64)task || !entries_seen)
 				return 0;
 			found = look_up_running(cpu, &since);
 			if (found == FOUND_NOTHING || found == FOUND_NEWBORN)

@@ -150,13 +150,14 @@ class Recorder:
             live = stack.enter_context(
                 LiveProcesses(tuple(target.tgid for target in self.plan.targets))
             )
-            check_same(self.plan.targets)
             capture = stack.enter_context(Capture(self.plan.options))
             started_ns = time.monotonic_ns()
             marked = capture.start()
+            check_same(self.plan.targets)  # now, so that it holds for what came before, too
             if self.plan.targets and not len(marked):
                 raise TargetError(
-                    f"cannot attach to process {self.plan.targets[0].tgid}: it has ended meanwhile"
+                    f"cannot attach to process {self.plan.targets[0].tgid}: it has ended meanwhile;"
+                    " to record it from its start, use `scope-ebpf run`"
                 )
             if self.plan.options.after_exec:
                 marked = marked[:0]  # they are not recorded yet

@@ -96,6 +96,10 @@ class MessageClass(IntEnum):
     MESSAGE_SHAPE = 7
     MESSAGE_RECEIVE = 8
     MESSAGE_FLAGS = 16
+    MESSAGE_BIRTH_RESULT = 32
+    MESSAGE_BIRTH_FIRST = 33
+    MESSAGE_BIRTH_PAIR = 34
+    MESSAGE_BIRTH_FOURTH = 35
 
 
 class TargetKind(IntEnum):

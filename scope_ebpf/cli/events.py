@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import click
@@ -14,8 +14,8 @@ from scope_ebpf.errors import RecordingError, UsageError
 
 if TYPE_CHECKING:
     import polars as pl
-    from rich.console import Console
 
+    from scope_ebpf.recording.meta import Meta
     from scope_ebpf.recording.reader import Recording
 
 # Those of recording.schema, which would import polars for --help.
@@ -44,6 +44,7 @@ SHOWN = {
 # Columns whose values have no natural width; the terminal's is shared among them.
 FLEXIBLE = {"command_line", "cgroup", "local_path", "remote_path", "payload"}
 MIN_FLEXIBLE = 24
+GAP = "  "
 MOMENTS = {"start_ns", "time_ns", "syscall_start_ns"}
 REGISTERS = {"arg0", "arg1", "arg2", "state_bits"}
 
@@ -99,7 +100,7 @@ def events(
     limit = limit or DEFAULT_LIMIT
     rows = _collect(opened, frame.select(shown).head(limit), where)
     with output.results():
-        render(rows, opened.meta.started_ns, opened.meta.clock.boottime_offset_ns, output.console())
+        click.echo("\n".join(render(rows, opened.meta, output.width())))
     if rows.height == limit:
         import polars as pl
 
@@ -226,28 +227,29 @@ def _sink(recording: Recording, frame: pl.LazyFrame, where: str | None, *, as_js
             raise stream.error
 
 
-def render(rows: pl.DataFrame, started_ns: int, boottime_offset_ns: int, console: Console) -> None:
-    """Print rows for people; points in time count from `started_ns`."""
-    starts = dict.fromkeys(MOMENTS, started_ns)
-    starts["start_boottime_ns"] = started_ns + boottime_offset_ns
+def render(rows: pl.DataFrame, meta: Meta, width: int) -> Iterator[str]:
+    """The lines of a table for people; points in time count from the recording's start.
+
+    Lines get wider than `width` if need be: a value that wraps can still be copied.
+    """
+    starts = dict.fromkeys(MOMENTS, meta.started_ns)
+    starts["start_boottime_ns"] = meta.started_ns + meta.clock.boottime_offset_ns
     texts = {name: [_text(name, value, starts) for value in rows[name]] for name in rows.columns}
     widths = {name: max(map(len, [name, *cells])) for name, cells in texts.items()}
     flexible = [name for name in widths if name in FLEXIBLE]
-    fixed = sum(width + 1 for name, width in widths.items() if name not in FLEXIBLE)
+    fixed = sum(size + len(GAP) for name, size in widths.items() if name not in FLEXIBLE)
     for name in flexible:
-        room = max((console.width - fixed) // len(flexible) - 1, MIN_FLEXIBLE)
+        room = max((width - fixed) // len(flexible) - len(GAP), MIN_FLEXIBLE)
         texts[name] = [units.cut(text, room) for text in texts[name]]
-        widths[name] = min(widths[name], max(room, len(name)))
-    grid = output.table()
-    for name, dtype in rows.schema.items():
-        number = dtype.is_numeric()
-        grid.add_column(
-            name, justify="right" if number else "left", no_wrap=True, min_width=widths[name]
-        )
-    for row in zip(*texts.values(), strict=True):
-        grid.add_row(*row)
-    # Wider than the terminal, if need be: a value that is cut in two can still be copied.
-    console.print(grid, width=sum(widths.values()) + len(widths), crop=False, soft_wrap=True)
+        widths[name] = min(widths[name], room)
+    aligned = [
+        [text.rjust(widths[name]) if rows[name].dtype.is_numeric() else text.ljust(widths[name])
+         for text in [name, *cells]]
+        for name, cells in texts.items()
+    ]  # fmt: skip
+    heading, *lines = (GAP.join(cells).rstrip() for cells in zip(*aligned, strict=True))
+    yield click.style(heading, bold=True)
+    yield from lines
 
 
 def _text(name: str, value: Any, starts: dict[str, int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -80,6 +81,11 @@ def ended_by_closed_pipe() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGPIPE, before)
+
+
+def width() -> int:
+    """How wide results may get: the terminal's width, or much if they do not go to one."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _FILE_WIDTH
 
 
 def console(*, to_stderr: bool = False) -> Console:

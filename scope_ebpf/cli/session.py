@@ -48,7 +48,7 @@ class StatusLine:
             f"{status.seconds:6.0f} s  {'  '.join(rates)}  lost {status.lost:,}"
             f"  {status.bytes_on_disk / 1e6:,.1f} MB  CPU {status.cpu_percent:.1f} %"
         )
-        width = shutil.get_terminal_size().columns - 1
+        width = shutil.get_terminal_size().columns - 3  # room for the ^C of Ctrl-C
         say(f"\r{line[:width]:<{width}}", end="")
         self._before, self._shown = status, True
 

@@ -23,7 +23,10 @@ def recording_path(name: str | Path) -> Path:
     """
     path = Path(name)
     if path.name in ("", ".."):
-        raise UsageError(f"cannot name a recording {str(name)!r}; give a name such as shop.scope with -o")
+        raise UsageError(
+            f"cannot name a recording {str(name)!r}: that is no name of a file; give one such as"
+            " shop.scope with -o"
+        )
     return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
 
 

@@ -100,9 +100,9 @@ class Store:
             RecordingError: it could not be written.
         """
         notes: tuple[str, ...] = ()
-        failure = self._failed or failure
+        failure = self._failed if self._failed is not None else failure
         if failure is not None:
-            notes = (f"recording ended early: {failure or type(failure).__name__}",)
+            notes = (f"recording ended early: {str(failure) or type(failure).__name__}",)
         self._writer.release_reserve()
         self._writer.write_meta(
             self._lost_now(),

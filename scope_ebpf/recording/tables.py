@@ -9,6 +9,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from scope_ebpf import records
+from scope_ebpf.loaders.targets import split_arguments
 from scope_ebpf.recording.connections import connections_frame
 from scope_ebpf.recording.schema import SCHEMAS, frame
 from scope_ebpf.records import ProcessEvent, RecordFlags, RecordKind, RecordLimits
@@ -206,10 +207,7 @@ def text(data: Any) -> str:
 
 def command_line(data: bytes) -> str | None:
     """Zero-ended arguments as one shell-quoted line."""
-    if not data:
-        return None
-    arguments = data.removesuffix(b"\0").split(b"\0")
-    return shlex.join(argument.decode(errors="backslashreplace") for argument in arguments)
+    return shlex.join(split_arguments(data)) or None
 
 
 def process_row(

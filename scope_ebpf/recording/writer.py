@@ -1,9 +1,10 @@
 """Writes a recording: segments and meta.json, each aside and renamed when it is complete."""
 
+import json
 import os
 import zlib
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import polars as pl
 
 from scope_ebpf.errors import RecordingError
 from scope_ebpf.recording.meta import Meta, RecorderUse, TableCount, write_meta
-from scope_ebpf.recording.directory import DIRECTORY_MODE, META_FILE
+from scope_ebpf.recording.directory import DIRECTORY_MODE
 from scope_ebpf.recording.schema import SCHEMAS, segment_name
 
 FILE_MODE = 0o600
@@ -37,14 +38,18 @@ class RecordingWriter:
         # the first segment of a table must not wait for its folder to be made
         for table in SCHEMAS:
             self._make_folder(path / table)
+        self._keep_reserve()
         write_meta(path, meta, durable=True)
-        reserve = 2 * (path / META_FILE).stat().st_size + RESERVE_BYTES
+
+    def _keep_reserve(self) -> None:
+        # the part that grows with the targets, and room for counts and notes
+        reserve = 2 * len(json.dumps(asdict(self.meta))) + RESERVE_BYTES
         try:
-            with open(path / RESERVE_FILE, "xb", opener=_private) as stream:
+            with open(self.path / RESERVE_FILE, "xb", opener=_private) as stream:
                 os.posix_fallocate(stream.fileno(), 0, reserve)
         except OSError as error:
             raise RecordingError(
-                f"cannot write to {path}: {error.strerror}; choose another place with -o"
+                f"cannot write to {self.path}: {error.strerror}; choose another place with -o"
             ) from error
 
     def release_reserve(self) -> None:

@@ -10,13 +10,16 @@ from typing import Any
 import polars as pl
 import pytest
 
+from scope_ebpf.records import RecordLimits
 from tests.live.programs.conversation import (
     ANY_RECEIVE,
-    ANY_SEND,
+    MANY_PIECES,
     PIPE_SEND,
     SOCKET_RECEIVE,
     SOCKET_SEND,
     TRANSPORTS,
+    UNSEEN,
+    cut,
     is_pipe,
     stream_bytes,
 )
@@ -25,6 +28,8 @@ from tests.live.recording import Session, attached, no_losses, python_target
 pytestmark = pytest.mark.live
 
 TCP_MODULUS = 2**32
+SEED = 7
+TURN_GAP_NS = int(RecordLimits.TURN_GAP_NS)
 
 
 class Talk:
@@ -131,7 +136,7 @@ def record(
     """Record a conversation; the notes are in the same directory."""
     more = [] if waiting is None else [waiting]
     with (
-        python_target("conversation", transport, mode, 7, directory, *more) as target,
+        python_target("conversation", transport, mode, SEED, directory, *more) as target,
         attached(directory, target, *options) as session,
     ):
         target.work()
@@ -163,3 +168,239 @@ def test_flood(transport, waiting, tmp_path):
     talk, _ = record(tmp_path, transport, "flood", waiting)
     talk.check_calls()
     talk.check_tiles(waiting or 0)
+
+
+@pytest.mark.parametrize("limit", [0, 7, 512, 4000])
+@pytest.mark.parametrize("transport", ["tcp4", "unix-path", "pipe"])
+def test_payload_heads(transport, limit, tmp_path):
+    """At the start of each turn the first bytes that moved, and nothing elsewhere."""
+    talk, session = record(tmp_path, transport, "steps", None, "--payload-bytes", limit)
+    assert session.recording.meta.payload_bytes == limit
+    talk.check_calls()
+    streams = {name: stream_bytes(SEED, name) for name in "AB"}
+    seen = 0
+    for side, (tgid, _, notes) in zip(talk.sides, talk.notes(), strict=True):
+        others = {"A": "B", "B": "A"}[side["process"]]
+        rows = talk.messages.filter(tgid=tgid).sort("start_ns").rows(named=True)
+        last: dict[str, int] = {}
+        last_direction = ""
+        for row, note in zip(rows, notes, strict=True):
+            assert row["name"] == note["name"]
+            direction, begins = row["direction"], row["start_ns"]
+            turn = begins - last.get(direction, 0) > TURN_GAP_NS
+            turn = turn or (not is_pipe(transport) and direction != last_direction)
+            if is_pipe(transport):
+                # both processes use one end: the other one's messages count for other directions only
+                turn = row["turn"] if last.get(direction) is None else turn
+            if note["peek"]:
+                turn = False
+            else:
+                last[direction], last_direction = begins, direction
+            assert row["turn"] == turn, (row, note)
+            stream = streams[side["process"] if direction == "send" else others]
+            head = stream[note["offset"] : note["offset"] + note["length"]]
+            if note["name"] in MANY_PIECES:
+                head = cut(head if direction == "send" else bytes(note["size"]), 6)[0]
+                head = stream[note["offset"] : note["offset"] + min(len(head), note["length"])]
+            if turn and limit and note["length"] and note["name"] not in UNSEEN:
+                assert row["payload"] == head[:limit], (row["name"], note)
+                seen += 1
+            else:
+                assert row["payload"] is None
+    if limit and not is_pipe(transport):
+        assert seen > 40
+
+
+def named(session: Session, inode: int) -> dict[str, Any]:
+    """The only connection of a socket or pipe."""
+    rows = session.table("connections").filter(inode=inode).rows(named=True)
+    assert len(rows) == 1
+    return rows[0]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_identity(when, tmp_path):
+    """Addresses, ports, paths and inodes are those that the process itself sees."""
+    with (
+        python_target("sockets", "identity", tmp_path, when) as target,
+        attached(tmp_path, target) as session,
+    ):
+        noted = target.work()
+    no_losses(session)
+    assert len(noted) == 17
+    for end in noted:
+        found = named(session, end["inode"])
+        for column, value in end["expected"].items():
+            assert found[column] == value, (end["label"], column)
+        assert found["tgid"] == target.pid
+        rows = session.table("messages").filter(connection=found["connection"])
+        assert rows.select("direction", "length_bytes").rows() == [
+            tuple(moved) for moved in end["moved"]
+        ], end["label"]
+        assert rows["exact"].unique().to_list() == [end["exact"]], end["label"]
+        assert sorted(rows["fd"].unique()) == sorted(end.get("fds", [end["fd"]]))
+        for column in ("kind", "local_address", "local_port", "remote_port", "local_path"):
+            assert rows[column].unique().to_list() == [found[column]]
+    by_label = {end["label"]: named(session, end["inode"]) for end in noted}
+    for label in ("tcp4", "tcp6", "tcp-mapped", "unix-path", "unix-abstract", "unix-pair"):
+        client, server = by_label[f"{label} client"], by_label[f"{label} server"]
+        assert client["send_stream"] == server["receive_stream"]
+        assert server["send_stream"] == client["receive_stream"]
+        assert client["send_stream"] != client["receive_stream"]
+        assert client["netns"] == server["netns"]
+        if label.startswith("unix"):
+            assert client["peer_inode"] == server["inode"]
+            assert server["peer_inode"] == client["inode"]
+    every = [row["send_stream"] for row in by_label.values()]
+    assert len(set(every)) == len(every)
+
+
+def test_ends_of_tcp(tmp_path):
+    """The last bytes and the end of file, read after the connection was closed from both sides."""
+    with (
+        python_target("sockets", "tcp-ends", tmp_path) as target,
+        attached(tmp_path, target) as session,
+    ):
+        noted = target.work()
+    no_losses(session)
+    messages = session.table("messages")
+    for label, end in noted.items():
+        connection = named(session, end["inode"])
+        rows = messages.filter(connection=connection["connection"])
+        assert rows.select("direction", "length_bytes").rows() == [
+            tuple(moved) for moved in end["moved"]
+        ], label
+    for name in ("fin-with-data", "both-closed"):
+        client, server = (
+            named(session, noted[f"{name} {side}"]["inode"]) for side in ("client", "server")
+        )
+        for sender, receiver in ((client, server), (server, client)):
+            assert sender["send_stream"] == receiver["receive_stream"]
+            sends = messages.filter(connection=sender["connection"], direction="send")
+            receives = messages.filter(connection=receiver["connection"], direction="receive")
+            if len(sends) and len(receives):
+                assert sends["stream"].unique().to_list() == receives["stream"].unique().to_list()
+                # all receives after the last byte end where it ended: a FIN is no byte
+                assert receives["stream_end"][-1] == sends["stream_end"][-1], name
+                total = sends["length_bytes"].sum()
+                assert receives["length_bytes"].sum() == total
+                begin = (sends["stream_end"][0] - sends["length_bytes"][0]) % TCP_MODULUS
+                assert (receives["stream_end"][0] - receives["length_bytes"][0] - begin) == 0
+
+
+REUSED = ["tcp-port", "unix-path", "unix-pair", "unix-unaccepted", "pipe", "fd"]
+
+
+@pytest.mark.parametrize("kind", REUSED)
+def test_reuse(kind, tmp_path):
+    """Sockets that follow each other at one port, path, descriptor or address stay apart."""
+    rounds = 199
+    with (
+        python_target("sockets", "reuse", tmp_path, kind, rounds) as target,
+        attached(tmp_path, target) as session,
+    ):
+        noted = target.work()
+    no_losses(session)
+    assert len(noted) == rounds
+    messages, connections = session.table("messages"), session.table("connections")
+    ids = []
+    for ends in noted:
+        for end in ends:
+            found = connections.filter(inode=end["inode"])
+            assert len(found) == 1
+            rows = messages.filter(connection=found["connection"][0])
+            assert rows.select("direction", "length_bytes").rows() == [
+                tuple(moved) for moved in end["moved"]
+            ]
+            ids.append(found["connection"][0])
+        if len(ends) == 2 and kind != "unix-unaccepted":
+            a, b = (named(session, end["inode"]) for end in ends)
+            assert a["send_stream"] == b["receive_stream"]
+            sends = messages.filter(connection=a["connection"], direction="send")
+            receives = messages.filter(connection=b["connection"], direction="receive")
+            assert sends["stream_end"].to_list() == receives["stream_end"].to_list()
+    assert len(set(ids)) == len(ids)
+
+
+def test_ranges_that_cannot_be_compared(tmp_path):
+    """Datagrams, packets and netlink: the rows are there, and marked."""
+    with (
+        python_target("sockets", "others", tmp_path) as target,
+        attached(tmp_path, target) as session,
+    ):
+        noted = target.work()
+    no_losses(session)
+    assert len(noted) == 5
+    for end in noted:
+        found = named(session, end["inode"])
+        assert found["kind"] == end["label"]
+        rows = session.table("messages").filter(connection=found["connection"])
+        assert rows.select("direction", "length_bytes").rows() == [
+            tuple(moved) for moved in end["moved"]
+        ]
+        assert not rows["exact"].any()
+        assert rows["stream"].null_count() == 0
+    assert len(session.table("connections").filter(pl.col("kind") != "pipe")) == len(noted)
+
+
+def test_queue_too_long_to_measure(tmp_path):
+    """What cannot be measured is not claimed to be exact."""
+    with (
+        python_target("sockets", "crowd", tmp_path) as target,
+        attached(tmp_path, target) as session,
+    ):
+        noted = target.work()
+    no_losses(session)
+    for end in noted:
+        found = named(session, end["inode"])
+        rows = session.table("messages").filter(connection=found["connection"])
+        assert rows.select("direction", "length_bytes").rows() == [
+            tuple(moved) for moved in end["moved"]
+        ]
+        assert not rows["exact"].any()
+
+
+@pytest.mark.parametrize(
+    ("who", "size"), [("reader", 101), ("short-writer", 101), ("writer", 16_000_057)]
+)
+@pytest.mark.parametrize("kind", ["tcp4", "unix-pair", "pipe"])
+def test_calls_under_way_at_the_start(kind, who, size, tmp_path):
+    """A call that is under way when the recording begins is a row, and all later ranges fit."""
+    with (
+        python_target("sockets", "blocked", tmp_path, kind, who, size) as target,
+        attached(tmp_path, target) as session,
+    ):
+        noted = target.work()
+    no_losses(session)
+    inodes = list(set(noted["inodes"]))
+    ours = session.table("connections").filter(pl.col("inode").is_in(inodes))
+    assert len(ours) == len(inodes)
+    rows = session.table("messages").filter(
+        pl.col("connection").is_in(ours["connection"].implode())
+    )
+    first = rows.filter(tgid=noted["child"]).row(0, named=True)
+    assert first["status"] == "began_before"
+    assert (first["direction"], first["length_bytes"]) == (
+        "receive" if who == "reader" else "send",
+        size,
+    )
+    assert rows.filter(pl.col("status") != "complete").height == 1
+    modulus = TCP_MODULUS if kind == "tcp4" else 2**64
+    for stream in rows["stream"].unique():
+        one = rows.filter(pl.col("stream") == stream)
+        if not one["exact"].all():
+            # a large write, part of which was in the queue already
+            assert who == "writer" and kind != "tcp4"
+            continue
+        sends, receives = (one.filter(direction=name) for name in ("send", "receive"))
+        assert len(sends) in (20, 21)
+        for side in (sends, receives):
+            ends, lengths = side["stream_end"].to_list(), side["length_bytes"].to_list()
+            for before, after, length in zip(ends, ends[1:], lengths[1:], strict=False):
+                assert (after - length - before) % modulus == 0
+        assert sends["stream_end"][-20:].to_list() == receives["stream_end"][-20:].to_list()
+        if noted["filled"] and len(sends) == 21:
+            assert receives["length_bytes"].sum() == noted["filled"] + sends["length_bytes"].sum()
+        elif len(sends) == 21:
+            assert receives["length_bytes"].sum() == sends["length_bytes"].sum()
+        assert sends["stream_end"][0] in receives["stream_end"].to_list()

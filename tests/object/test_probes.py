@@ -94,9 +94,12 @@ def test_no_holes(btf, name):
 @pytest.mark.parametrize("name", HOT)
 def test_hot_records_fill_a_slot(btf, name):
     dtype = btf.record_dtype(name)
-    assert dtype.itemsize == hot_dtype().itemsize == records.RecordLimits.HOT_SLOT_BYTES == 64
-    for field in ("sequence", "number", "kind", "flags", "start_ns"):  # looked at before the kind is
-        assert dtype.fields[field][:2] == hot_dtype().fields[field][:2]
+    assert dtype.itemsize == hot_dtype().itemsize == 64
+    assert int(records.RecordLimits.HOT_SLOT_BYTES) == 64
+    before_kind, fields = hot_dtype().fields, dtype.fields
+    assert before_kind is not None
+    for field in ("sequence", "number", "kind", "flags", "start_ns"):
+        assert fields[field][:2] == before_kind[field][:2]
 
 
 @pytest.mark.parametrize("name", WIDE)

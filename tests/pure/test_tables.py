@@ -285,7 +285,7 @@ def test_payloads_over_several_batches():
         if cut_wide < cut_hot:
             continue  # then a message came without its payload, which drain() excludes
         payloads = Payloads()
-        found = {}
+        found: dict[int, bytes | None] = {}
         heads = [payload(index, b"head %d" % index) for index in range(count)]
         slots = [flagged(index) for index in range(count)]
         give(payloads, (0, 0, np.concatenate(heads[:cut_wide])))

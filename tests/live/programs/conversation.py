@@ -102,7 +102,7 @@ class End:
         self.sent = self.received = 0
         self._lock = threading.Lock()
 
-    def note(self, call: str, direction: str, length: int, **more: Any) -> None:
+    def note(self, call: str, direction: str, size: int, length: int, **more: Any) -> None:
         fd = self.writing if direction == "send" else self.reading
         with self._lock:
             self.notes.append(
@@ -114,6 +114,7 @@ class End:
                     "direction": direction,
                     # where in this direction's bytes it begins
                     "offset": self.sent if direction == "send" else self.received,
+                    "size": size,
                     "length": length,
                     "peek": False,
                     **more,
@@ -239,7 +240,7 @@ class End:
     def send(self, call: str, data: bytes) -> int:
         """One call; returns how much it took."""
         length = int(getattr(self, call)(data))
-        self.note(call, "send", length)
+        self.note(call, "send", len(data), length)
         self.sent += length
         return length
 
@@ -247,10 +248,10 @@ class End:
         """One call; returns what it brought."""
         if call == "splice":
             data = self.take_splice(size)
-            self.note(call, "receive", len(data))
+            self.note(call, "receive", size, len(data))
         else:
             data = getattr(self, call)(size, flags) if flags else getattr(self, call)(size)
-            self.note(call, "receive", len(data), peek=bool(flags & socket.MSG_PEEK))
+            self.note(call, "receive", size, len(data), peek=bool(flags & socket.MSG_PEEK))
         if not flags & socket.MSG_PEEK:
             self.received += len(data)
         return bytes(data)
@@ -329,6 +330,9 @@ SOCKET_SEND = [*ANY_SEND, "sendto", "sendmsg", "sendmmsg"]
 SOCKET_RECEIVE = [*ANY_RECEIVE, "recvfrom", "recvmsg", "recvmmsg"]
 PIPE_SEND = [*ANY_SEND, "vmsplice"]
 FLAGGED = ["recvfrom", "recvmsg"]
+# the bytes are never in the process's memory; and: only the first of several messages is kept
+UNSEEN = ["sendfile", "splice"]
+MANY_PIECES = ["sendmmsg", "recvmmsg"]
 
 
 def stream_bytes(seed: int, sender: str) -> bytes:

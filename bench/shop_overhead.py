@@ -1,0 +1,249 @@
+"""What tracing the shop costs the shop, and what it costs the recorder."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import bpf_statistics
+import numpy as np
+import tracers
+from call_cost import attached, build_empty
+from numpy.typing import NDArray
+from results import Row, Section
+from setting import SCOPE_EBPF, Setting
+from shop import Loaded, MeasuredShop
+
+Samples = NDArray[np.float64]
+
+NAME = "shop-overhead"
+TITLE = "Overhead on the shop, all families on"
+PAIRS, QUICK_PAIRS = 40, 3
+REQUESTS, QUICK_REQUESTS = 800, 300
+# The first segment comes after the import of polars, which is not part of a steady recording.
+STEADY_SECONDS = 15.0
+EVENTS_PER_SECOND = 40_000
+PACED_SECONDS, QUICK_PACED_SECONDS = 20.0, 5.0
+PACED_RUNS, QUICK_PACED_RUNS = 3, 1
+CLIENTS = 4
+RESAMPLES = 20_000
+CALL_PROGRAMS = ("on_sys_enter", "on_sys_exit")
+CONFIDENCE = 95
+
+
+def measure(setting: Setting) -> Section:
+    """Pairs of windows, then the kernel's statistics, then the recorder at a steady rate."""
+    section = Section(NAME, TITLE)
+    shop = setting.shop()
+    per_request = pairs(setting, section, shop)
+    events = statistics_window(setting, section, shop, per_request)
+    paced(setting, section, shop, events)
+    return section
+
+
+def window(setting: Setting, shop: MeasuredShop, seed: int, *, traced: bool) -> Loaded:
+    """CPU time of some requests. Attaching and detaching are outside of what is counted."""
+    recording = setting.path("shop.scope")
+    requests = QUICK_REQUESTS if setting.quick else REQUESTS
+    tracer = tracers.scope_ebpf(SCOPE_EBPF, shop.pids, recording) if traced else nullcontext()
+    with tracer:
+        if traced:
+            wait_until_steady(recording)
+        return shop.load(requests, clients=CLIENTS, seed=seed)
+
+
+def wait_until_steady(recording: Path) -> None:
+    """Until the recorder writes: it imports polars while it already records."""
+    deadline = time.monotonic() + STEADY_SECONDS
+    while not (recording / "meta.json").exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the recorder has not begun to write after {STEADY_SECONDS:.0f} s")
+        time.sleep(0.02)
+    time.sleep(0.3)
+
+
+def pairs(setting: Setting, section: Section, shop: MeasuredShop) -> float:
+    """CPU time per request with and without tracing; returns what it is without, in ns.
+
+    Both windows of a pair make the same requests; which comes first alternates.
+    """
+    ratios, plain_us, traced_us = [], [], []
+    count = QUICK_PAIRS if setting.quick else PAIRS
+    setting.say(f"{NAME}: {count} pairs of windows")
+    for number in range(count):
+        found = {}
+        for traced in (number % 2 == 1, number % 2 == 0):
+            found[traced] = window(setting, shop, number, traced=traced).cpu_ns_per_request
+        ratios.append(found[True] / found[False])
+        plain_us.append(found[False] / 1000)
+        traced_us.append(found[True] / 1000)
+    plain = section.add("untraced: CPU time per request", "µs", plain_us) or math.nan
+    section.add("scope-ebpf: CPU time per request", "µs", traced_us)
+    percent = [100 * (ratio - 1) for ratio in ratios]
+    overhead, low, high = center(percent)
+    section.rows.append(
+        Row(
+            "scope-ebpf: overhead",
+            "%",
+            overhead,
+            low,
+            high,
+            tuple(percent),
+            spread=f"{CONFIDENCE} % confidence",
+            note="middle half's mean of all pairs",
+        )
+    )
+    section.ask(
+        "CPU time per request: at most 2 % over untraced",
+        2,
+        "%",
+        overhead,
+        f"{CONFIDENCE} % confidence: {low:.1f} to {high:.1f} %, {len(ratios)} pairs",
+    )
+    return plain * 1000
+
+
+def center(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of the middle half, and its bootstrap confidence interval.
+
+    Windows that something else disturbed fall out, and it varies less than the median.
+    """
+    samples = np.array(values)
+    drawn = np.random.default_rng(1).choice(samples, (RESAMPLES, len(samples)))
+    low, high = np.percentile(middle_mean(drawn), [50 - CONFIDENCE / 2, 50 + CONFIDENCE / 2])
+    return float(middle_mean(samples[None])[0]), float(low), float(high)
+
+
+def middle_mean(rows: Samples) -> Samples:
+    """The mean of the middle half of each row."""
+    cut = rows.shape[1] // 4
+    middle: Samples = np.sort(rows, axis=1)[:, cut : rows.shape[1] - cut].mean(axis=1)
+    return middle
+
+
+def statistics_window(
+    setting: Setting, section: Section, shop: MeasuredShop, plain_ns: float
+) -> float:
+    """Run times of the programs by the kernel's count; returns events per request.
+
+    The count is of the whole host. What other processes (the load, the recorder) pay is estimated
+    from a window in which an idle process is recorded instead, and taken off.
+    """
+    setting.say(f"{NAME}: the kernel's statistics")
+    requests = QUICK_REQUESTS if setting.quick else 4 * REQUESTS
+    empty_ns = empty_run_ns(setting, section, shop)
+    with setting.getppid() as idle:
+        idle_runs, _ = count_runs(setting, shop, (idle.pid,), requests)
+    runs, tables = count_runs(setting, shop, shop.pids, requests)
+    own_calls = tables["syscalls"]["rows"]
+    net_ns = 0.0
+    for name, each in runs.items():
+        net_ns += each.run_time_ns - empty_ns * each.runs
+        if name in CALL_PROGRAMS and name in idle_runs:
+            others = max(each.runs - own_calls, 0)
+            net_ns -= others * max(idle_runs[name].ns_per_run - empty_ns, 0)
+    net_ns /= requests
+    total_ns = sum(each.run_time_ns for each in runs.values()) / requests
+    idle_ns = sum(each.run_time_ns for each in idle_runs.values()) / requests
+    section.add(
+        "programs: run time per request, whole host",
+        "µs",
+        [total_ns / 1000],
+        f"with what the statistics take: {empty_ns:.0f} ns a run by an empty program",
+    )
+    section.add("the same while an idle process is recorded", "µs", [idle_ns / 1000])
+    section.add(
+        "programs: run time per request, net, in the shop",
+        "µs",
+        [net_ns / 1000],
+        f"without the statistics and other processes' calls; {100 * net_ns / plain_ns:.2g} % of"
+        " the CPU time of a request, to which the kernel's slow path comes",
+    )
+    for name, each in runs.items():
+        there = idle_runs.get(name)
+        beside = f"; not recorded: {there.ns_per_run:.0f} ns" if there else ""
+        section.add(
+            f"{name}: a run",
+            "ns",
+            [each.ns_per_run],
+            f"{each.runs / requests:.1f} per request{beside}",
+        )
+    events = count_events(tables) / requests
+    section.add("events per request", "", [events], "a message is a system call: counted once")
+    return events
+
+
+def count_runs(
+    setting: Setting, shop: MeasuredShop, pids: Sequence[int], requests: int
+) -> tuple[dict[str, bpf_statistics.ProgramRuns], dict[str, dict[str, int]]]:
+    """What the programs do under the shop's load while `pids` are recorded, and what is stored."""
+    recording = setting.path("shop.scope")
+    with tracers.scope_ebpf(SCOPE_EBPF, pids, recording) as tracer:
+        wait_until_steady(recording)
+        with bpf_statistics.enabled():
+            before = bpf_statistics.program_runs(tracer.pid)
+            shop.load(requests, clients=CLIENTS)
+            runs = bpf_statistics.since(before, bpf_statistics.program_runs(tracer.pid))
+    return runs, tracers.recorded(recording)
+
+
+def empty_run_ns(setting: Setting, section: Section, shop: MeasuredShop) -> float:
+    """What a run of a program that does nothing takes by the kernel's count."""
+    built = build_empty(setting, section)
+    if built is None:
+        return 0.0
+    own = os.getpid()
+    with attached(built), bpf_statistics.enabled():
+        before = bpf_statistics.program_runs(own)
+        shop.load(QUICK_REQUESTS, clients=CLIENTS)
+        runs = bpf_statistics.since(before, bpf_statistics.program_runs(own)).values()
+    return sum(each.run_time_ns for each in runs) / max(sum(each.runs for each in runs), 1)
+
+
+def count_events(tables: dict[str, dict[str, int]]) -> int:
+    """Events of a recording with all families: a message is a system call as well."""
+    return sum(tables[name]["rows"] for name in ("syscalls", "offcpu", "processes", "connections"))
+
+
+def paced(setting: Setting, section: Section, shop: MeasuredShop, events: float) -> None:
+    """The recorder's CPU at a steady rate of events."""
+    seconds = QUICK_PACED_SECONDS if setting.quick else PACED_SECONDS
+    rate = EVENTS_PER_SECOND / events
+    clients = 2 * CLIENTS
+    setting.say(f"{NAME}: {rate:.0f} requests per second")
+    latency = shop.load(200, clients=CLIENTS).p50_ms / 1000
+    think = max(clients / rate - latency, 0.0)
+    used: list[float] = []
+    rates: list[float] = []
+    lost: list[float] = []
+    for _ in range(QUICK_PACED_RUNS if setting.quick else PACED_RUNS):
+        recording = setting.path("shop.scope")
+        tracer = tracers.scope_ebpf(SCOPE_EBPF, shop.pids, recording)
+        with tracer:
+            wait_until_steady(recording)
+            before = tracer.use_now()
+            loaded = shop.load(int(rate * seconds), clients=clients, think_seconds=think)
+            time.sleep(1)
+            after = tracer.use_now()
+        rates.append(count_events(tracers.recorded(recording)) / loaded.seconds)
+        used.append(100 * (after.cpu_seconds - before.cpu_seconds) / loaded.seconds)
+        lost.append(tracers.lost_in_all(recording))
+        # the next run comes closer
+        think = max(think + clients * (1 / rate - 1 / loaded.rate), 0.0)
+    section.add("events per second", "/s", rates)
+    percent = section.add("recorder's CPU", "% of one", used)
+    section.add("lost", "events", lost)
+    scaled = [each * EVENTS_PER_SECOND / at for each, at in zip(used, rates, strict=True)]
+    section.add(f"recorder's CPU scaled to {EVENTS_PER_SECOND:,} events/s", "% of one", scaled)
+    at = float(np.median(rates))
+    section.ask(
+        f"recorder's CPU at {EVENTS_PER_SECOND:,} events/s: at most 3 % of one",
+        3,
+        "%",
+        percent,
+        f"at {at:,.0f} events/s" if abs(at / EVENTS_PER_SECOND - 1) > 0.05 else "",
+    )
