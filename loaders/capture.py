@@ -247,14 +247,19 @@ class Capture:
             marked.append(fresh)
         if self._records_calls():
             self._object.attach(*CALL_PROGRAMS)
-        self._states["running"] = 0
+        self._look_up_running()
         return np.concatenate(marked)
 
     def mark_tasks(self) -> Records:
         """Take up every running thread that belongs to the targets; returns MARKED_TASK records."""
         data = self._object.iterate("on_mark_tasks")
-        self._states["running"] = 0
+        self._look_up_running()
         return np.frombuffer(data, dtype=records.MARKED_TASK)
+
+    def _look_up_running(self) -> None:
+        """Have the thread on each CPU looked up again: it may have been marked just now."""
+        self._states["running"] = 0
+        self._states["task"] = 0
 
     def marks_wanted(self) -> int:
         """How often so far the kernel saw something that mark_tasks() has to take up."""

@@ -135,6 +135,11 @@ struct signal_struct {
 	int group_exit_code;
 } KERNEL_TYPE;
 
+/* Any struct that begins with 64 bits serves to load a word from an address. */
+struct timespec64 {
+	__s64 tv_sec;
+} KERNEL_TYPE;
+
 struct fdtable {
 	unsigned int max_fds;
 	struct file **fd;
@@ -175,6 +180,7 @@ struct linux_binprm {
 } KERNEL_TYPE;
 
 struct seq_file;
+struct file;
 struct bpf_iter_meta {
 	struct seq_file *seq;
 } KERNEL_TYPE;
@@ -182,6 +188,13 @@ struct bpf_iter_meta {
 struct bpf_iter__task {
 	struct bpf_iter_meta *meta;
 	struct task_struct *task;
+} KERNEL_TYPE;
+
+struct bpf_iter__task_file {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+	__u32 fd;
+	struct file *file;
 } KERNEL_TYPE;
 
 /* ---- files, sockets, pipes ----------------------------------------------------------------------- */
@@ -242,11 +255,17 @@ struct sk_buff_head {
 struct sock {
 	struct sock_common __sk_common;
 	struct sk_buff_head sk_receive_queue;
+	unsigned long sk_flags;
 	__u16 sk_protocol;
 	struct socket *sk_socket;
 } KERNEL_TYPE;
 
+struct inet_sock {
+	__be16 inet_sport;
+} KERNEL_TYPE;
+
 struct tcp_sock {
+	__u32 rcv_nxt;
 	__u32 copied_seq;
 	__u32 write_seq;
 } KERNEL_TYPE;
@@ -292,6 +311,7 @@ enum {
 	AF_INET6 = 10,
 	IPPROTO_TCP = 6,
 	SOCK_STREAM = 1,
+	SOCK_DONE = 1, /* a bit number in sk_flags: a FIN was received */
 	MSG_OOB = 0x1,
 	MSG_PEEK = 0x2,
 	MSG_ERRQUEUE = 0x2000,
@@ -323,6 +343,26 @@ struct user_mmsghdr {
 	__u32 padding;
 };
 
+/*
+ * Since 6.2 (commit 541c3bad8dc5) any address can be given a kernel type, and its fields be loaded without
+ * calling a helper; the verifier turns the cast into nothing. Before, each field is a helper call.
+ */
+extern void *bpf_rdonly_cast(const void *address, __u32 type) __ksym __weak;
+#define AS(type, address) ((type *)bpf_rdonly_cast(address, bpf_core_type_id_kernel(type)))
+#define READ_FIELD(type, address, field) \
+	(bpf_rdonly_cast ? AS(type, address)->field : BPF_CORE_READ((type *)(address), field))
+
+/* A pointer as a number: what the verifier knows as a pointer cannot be a map's key or be stored. */
+static __always_inline __u64 read_word(const void *address)
+{
+	__u64 word = 0;
+
+	if (bpf_rdonly_cast)
+		return AS(struct timespec64, address)->tv_sec;
+	bpf_probe_read_kernel(&word, sizeof(word), address);
+	return word;
+}
+
 /* ---- access that differs by version or architecture ------------------------------------------------ */
 
 static __always_inline __u32 task_state(struct task_struct *task)
@@ -341,12 +381,12 @@ static __always_inline __u32 task_cpu(struct task_struct *task)
 	return 0;
 }
 
-static __always_inline bool task_is_compat(struct task_struct *task)
+static __always_inline bool task_is_compat(__u64 task)
 {
 #if defined(__TARGET_ARCH_x86)
-	return task->thread_info.status & TS_COMPAT;
+	return READ_FIELD(struct task_struct, (void *)task, thread_info.status) & TS_COMPAT;
 #else
-	return task->thread_info.flags & TIF_32BIT_MASK;
+	return READ_FIELD(struct task_struct, (void *)task, thread_info.flags) & TIF_32BIT_MASK;
 #endif
 }
 

@@ -74,23 +74,25 @@ struct target_end {
 static __always_inline bool resolve(struct task_struct *task, __u32 fd, struct target_end *end)
 {
 	struct fdtable *table = task->files->fdt;
-	struct file **slot = table->fd, *file = NULL;
 	struct inode *inode;
-	void *private;
+	__u64 private;
+	void *file;
 	__u16 mode;
 
 	if (fd >= table->max_fds)
 		return false;
-	if (bpf_probe_read_kernel(&file, sizeof(file), slot + fd) || !file)
+	file = (void *)read_word(table->fd + fd);
+	if (!file)
 		return false;
-	inode = BPF_CORE_READ(file, f_inode);
-	mode = BPF_CORE_READ(inode, i_mode) & S_IFMT;
+	inode = READ_FIELD(struct file, file, f_inode);
+	mode = READ_FIELD(struct inode, inode, i_mode) & S_IFMT;
 	if (mode != S_IFSOCK && mode != S_IFIFO)
 		return false;
-	private = BPF_CORE_READ(file, private_data);
+	private = read_word(file + FIELD_OFFSET(struct file, private_data));
 	end->is_pipe = mode == S_IFIFO;
-	end->key = end->is_pipe ? (__u64)private : (__u64)BPF_CORE_READ((struct socket *)private, sk);
-	end->inode = BPF_CORE_READ(inode, i_ino);
+	end->key = end->is_pipe ? private
+				: read_word((void *)private + FIELD_OFFSET(struct socket, sk));
+	end->inode = READ_FIELD(struct inode, inode, i_ino);
 	return end->key;
 }
 
@@ -223,9 +225,10 @@ __noinline int measure_pipe(__u64 key, struct endpoint *end, bool receive, bool 
 
 static __always_inline __u32 inet_ports(__u64 key)
 {
-	struct sock *sk = (struct sock *)key;
+	void *sk = (void *)key;
 
-	return BPF_CORE_READ(sk, __sk_common.skc_num) | BPF_CORE_READ(sk, __sk_common.skc_dport) << 16;
+	return READ_FIELD(struct sock, sk, __sk_common.skc_num) |
+	       READ_FIELD(struct sock, sk, __sk_common.skc_dport) << 16;
 }
 
 __noinline int first_sight(struct target_end *end, bool receive)
@@ -428,12 +431,12 @@ __noinline int write_payload(struct cpu_state *cpu, __u64 hot_index, __u32 lengt
 static __always_inline __u64 advance(struct target_end *end, struct endpoint *known, bool fresh,
 				     bool receive, bool peek, __u32 length, __u64 start_ns)
 {
-	struct tcp_sock *tcp = (struct tcp_sock *)end->key;
+	void *tcp = (void *)end->key;
 
 	if (known->kind == ENDPOINT_TCP) {
 		if (receive)
-			return (__u32)(BPF_CORE_READ(tcp, copied_seq) + (peek ? length : 0));
-		return BPF_CORE_READ(tcp, write_seq);
+			return (__u32)(READ_FIELD(struct tcp_sock, tcp, copied_seq) + (peek ? length : 0));
+		return READ_FIELD(struct tcp_sock, tcp, write_seq);
 	}
 	if (peek)
 		return known->received + length;
@@ -523,8 +526,8 @@ __noinline int write_end(struct cpu_state *cpu, __u32 fd, __u32 length, __u64 du
 	message->flags = flags;
 	message->start_ns = start_ns;
 	message->duration_ns = duration_ns;
-	message->tgid = task->tgid;
-	message->tid = task->pid;
+	message->tgid = cpu->tgid;
+	message->tid = cpu->tid;
 	message->arg1 = cpu->flight.arg1;
 	message->stream_end = stream_end;
 	message->length_bytes = length;
