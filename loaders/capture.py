@@ -261,7 +261,7 @@ class Capture:
         if self._records_calls():
             self._object.attach(*CALL_PROGRAMS)
             self._entries_seen[0] = 1
-        self._states["running"] = 0
+        self._look_up_running()
         self._meet_connections()
         return np.concatenate(marked)
 
@@ -278,8 +278,13 @@ class Capture:
 
     def _mark(self) -> Records:
         data = self._object.iterate("on_mark_tasks")
-        self._states["running"] = 0
+        self._look_up_running()
         return np.frombuffer(data, dtype=records.MARKED_TASK)
+
+    def _look_up_running(self) -> None:
+        """Have the thread on each CPU looked up again: it may have been marked just now."""
+        self._states["running"] = 0
+        self._states["task"] = 0
 
     def marks_wanted(self) -> int:
         """How often so far the kernel saw something that mark_tasks() has to take up."""

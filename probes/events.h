@@ -233,14 +233,20 @@ struct flight {
 
 /*
  * What a CPU knows, one element of the map `cpus`. User space maps it, too: it reads the heads and the
- * losses, and writes the tails and, to have the running thread looked up again, 0 into `running`.
+ * losses, and writes the tails and, to have the running thread looked up again, 0 into `running` and
+ * `task`.
  */
 struct cpu_state {
-	/* the running thread */
-	__u64 running;	   /* task that is known to run here, 0: none is */
-	__u64 traced;	   /* the same if it is recorded, else 0 */
-	__u64 flight_task; /* whose call `flight` is, or 0 */
+	/* the running thread; a thread's identity is the address of its user registers, see running.h */
+	__u64 running;	/* thread that is known to run here, 0: none is */
+	__u64 traced;	/* the same if it is recorded, else 0 */
+	__u64 in_flight; /* whose call `flight` is, or 0 */
 	struct flight flight;
+	__u64 task; /* task_struct that was switched in last, 0: look the running one up */
+	__u32 tgid; /* of `task`, if it is recorded */
+	__u32 tid;
+	__u64 recorded; /* whether `task` has a record */
+	__u64 reserved0[5];
 	/* producers */
 	__u64 hot_head; /* slots ever reserved */
 	__u64 wide_head;

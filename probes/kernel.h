@@ -256,6 +256,7 @@ struct sk_buff_head {
 struct sock {
 	struct sock_common __sk_common;
 	struct sk_buff_head sk_receive_queue;
+	unsigned long sk_flags;
 	__u16 sk_protocol;
 	struct socket *sk_socket;
 } KERNEL_TYPE;
@@ -381,12 +382,12 @@ static __always_inline __u32 task_cpu(struct task_struct *task)
 	return 0;
 }
 
-static __always_inline bool task_is_compat(struct task_struct *task)
+static __always_inline bool task_is_compat(__u64 task)
 {
 #if defined(__TARGET_ARCH_x86)
-	return task->thread_info.status & TS_COMPAT;
+	return READ_FIELD(struct task_struct, (void *)task, thread_info.status) & TS_COMPAT;
 #else
-	return task->thread_info.flags & TIF_32BIT_MASK;
+	return READ_FIELD(struct task_struct, (void *)task, thread_info.flags) & TIF_32BIT_MASK;
 #endif
 }
 

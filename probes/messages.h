@@ -77,31 +77,31 @@ struct target_end {
 	__u8 reserved[7];
 };
 
-static __always_inline bool resolve_file(struct file *file, struct target_end *end)
+static __always_inline bool resolve_file(void *file, struct target_end *end)
 {
-	struct inode *inode = BPF_CORE_READ(file, f_inode);
-	__u16 mode = BPF_CORE_READ(inode, i_mode) & S_IFMT;
-	void *private;
+	struct inode *inode = READ_FIELD(struct file, file, f_inode);
+	__u16 mode = READ_FIELD(struct inode, inode, i_mode) & S_IFMT;
+	__u64 private;
 
 	if (mode != S_IFSOCK && mode != S_IFIFO)
 		return false;
-	private = BPF_CORE_READ(file, private_data);
+	private = read_word(file + FIELD_OFFSET(struct file, private_data));
 	end->is_pipe = mode == S_IFIFO;
-	end->key = end->is_pipe ? (__u64)private : (__u64)BPF_CORE_READ((struct socket *)private, sk);
-	end->inode = BPF_CORE_READ(inode, i_ino);
+	end->key = end->is_pipe ? private
+				: read_word((void *)private + FIELD_OFFSET(struct socket, sk));
+	end->inode = READ_FIELD(struct inode, inode, i_ino);
 	return end->key;
 }
 
 static __always_inline bool resolve(struct task_struct *task, __u32 fd, struct target_end *end)
 {
 	struct fdtable *table = task->files->fdt;
-	struct file **slot = table->fd, *file = NULL;
+	void *file;
 
 	if (fd >= table->max_fds)
 		return false;
-	if (bpf_probe_read_kernel(&file, sizeof(file), slot + fd) || !file)
-		return false;
-	return resolve_file(file, end);
+	file = (void *)read_word(table->fd + fd);
+	return file && resolve_file(file, end);
 }
 
 /* Bytes that wait in a Unix stream socket's queue; false if the queue is too long to walk. */
@@ -166,12 +166,11 @@ static __always_inline __u64 socket_inode(struct sock *sk)
 
 static __always_inline __u32 inet_ports(__u64 key)
 {
-	struct inet_sock *inet = (struct inet_sock *)key;
-	struct sock *sk = (struct sock *)key;
+	void *sk = (void *)key;
 
 	/* not skc_num, which a TCP socket loses when both directions are closed: it can still be read */
-	return BPF_CORE_READ(inet, inet_sport) |
-	       (__u32)BPF_CORE_READ(sk, __sk_common.skc_dport) << 16;
+	return READ_FIELD(struct inet_sock, sk, inet_sport) |
+	       (__u32)READ_FIELD(struct sock, sk, __sk_common.skc_dport) << 16;
 }
 
 /*
@@ -379,21 +378,21 @@ __noinline int announce(struct cpu_state *cpu, struct target_end *end, struct en
 	connection->tgid = bpf_get_current_pid_tgid() >> 32;
 	connection->inode = end->inode;
 	if (!end->is_pipe) {
-		connection->family = BPF_CORE_READ(sk, __sk_common.skc_family);
+		connection->family = READ_FIELD(struct sock, sk, __sk_common.skc_family);
 		connection->type = BPF_CORE_READ(sk, sk_socket, type);
-		connection->protocol = BPF_CORE_READ(sk, sk_protocol);
+		connection->protocol = READ_FIELD(struct sock, sk, sk_protocol);
 		connection->netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
 		if (connection->family == AF_INET || connection->family == AF_INET6) {
 			connection->local_port =
-				__builtin_bswap16(BPF_CORE_READ((struct inet_sock *)sk, inet_sport));
+				__builtin_bswap16(READ_FIELD(struct inet_sock, sk, inet_sport));
 			connection->remote_port =
-				__builtin_bswap16(BPF_CORE_READ(sk, __sk_common.skc_dport));
+				__builtin_bswap16(READ_FIELD(struct sock, sk, __sk_common.skc_dport));
 		}
 		if (connection->family == AF_INET) {
-			BPF_CORE_READ_INTO((__u32 *)connection->local_address, sk,
-					   __sk_common.skc_rcv_saddr);
-			BPF_CORE_READ_INTO((__u32 *)connection->remote_address, sk,
-					   __sk_common.skc_daddr);
+			*(__u32 *)connection->local_address =
+				READ_FIELD(struct sock, sk, __sk_common.skc_rcv_saddr);
+			*(__u32 *)connection->remote_address =
+				READ_FIELD(struct sock, sk, __sk_common.skc_daddr);
 		} else if (connection->family == AF_INET6) {
 			BPF_CORE_READ_INTO((struct in6_addr *)connection->local_address, sk,
 					   __sk_common.skc_v6_rcv_saddr);
@@ -509,12 +508,11 @@ __noinline int write_payload(struct cpu_state *cpu, __u64 hot_index, __u32 lengt
 /* Where a TCP socket's receiver stands. A FIN has a number, too: it is not a byte of the stream. */
 static __always_inline __u32 tcp_received(__u64 key)
 {
-	struct tcp_sock *tcp = (struct tcp_sock *)key;
-	struct sock *sk = (struct sock *)key;
-	__u32 copied = BPF_CORE_READ(tcp, copied_seq);
+	void *sk = (void *)key;
+	__u32 copied = READ_FIELD(struct tcp_sock, sk, copied_seq);
 
-	if (BPF_CORE_READ(sk, __sk_common.skc_flags) & 1 << SOCK_DONE &&
-	    copied == BPF_CORE_READ(tcp, rcv_nxt))
+	if (READ_FIELD(struct sock, sk, __sk_common.skc_flags) & 1 << SOCK_DONE &&
+	    copied == READ_FIELD(struct tcp_sock, sk, rcv_nxt))
 		copied--;
 	return copied;
 }
@@ -524,12 +522,11 @@ static __always_inline __u64 advance(struct target_end *end, struct endpoint *kn
 				     bool receive, bool peek, __u32 length, __u64 start_ns)
 {
 	__u64 measured_ns = receive ? known->received_measured_ns : known->sent_measured_ns;
-	struct tcp_sock *tcp = (struct tcp_sock *)end->key;
 
 	if (known->kind == ENDPOINT_TCP) {
 		if (receive)
 			return (__u32)(tcp_received(end->key) + (peek ? length : 0));
-		return BPF_CORE_READ(tcp, write_seq);
+		return READ_FIELD(struct tcp_sock, (void *)end->key, write_seq);
 	}
 	if (peek)
 		return known->received + length;
@@ -619,8 +616,8 @@ __noinline int write_end(struct cpu_state *cpu, __u32 fd, __u32 length, __u64 du
 	message->flags = flags;
 	message->start_ns = start_ns;
 	message->duration_ns = duration_ns;
-	message->tgid = task->tgid;
-	message->tid = task->pid;
+	message->tgid = cpu->tgid;
+	message->tid = cpu->tid;
 	message->arg1 = cpu->flight.arg1;
 	message->stream_end = stream_end;
 	message->length_bytes = length;

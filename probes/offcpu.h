@@ -66,7 +66,7 @@ int BPF_PROG(on_sched_waking, struct task_struct *task)
 	record->waker_tgid = waker >> 32;
 	record->waker_tid = waker;
 	record->waker_number = NO_SYSCALL;
-	if (cpu->flight_task == bpf_get_current_task())
+	if (cpu->in_flight && cpu->in_flight == cpu->traced)
 		record->waker_number = cpu->flight.number;
 	record->woken_ns = bpf_ktime_get_ns();
 	return 0;

@@ -93,6 +93,8 @@ int BPF_PROG(on_exec, struct task_struct *task, int old_tid, struct linux_binprm
 		record->phase = PHASE_NEWBORN;
 		cpu->running = 0;
 	}
+	/* a thread that executes a program takes its leader's id over */
+	cpu->tid = task->pid;
 	process = process_reserve(cpu, task, PROCESS_EXEC, &index);
 	if (!process)
 		return 0;
@@ -119,11 +121,11 @@ int BPF_PROG(on_exit, struct task_struct *task)
 
 	if (!cpu || !record || record->phase == PHASE_DORMANT)
 		return 0;
-	if (cpu->flight_task == (__u64)task) {
+	if (cpu->task == (__u64)task && cpu->in_flight) {
 		if (record_syscalls)
-			write_call(cpu, task, &cpu->flight, bpf_ktime_get_ns() - cpu->flight.start_ns, 0,
+			write_call(cpu, &cpu->flight, bpf_ktime_get_ns() - cpu->flight.start_ns, 0,
 				   STATUS_NO_RETURN);
-		cpu->flight_task = 0;
+		cpu->in_flight = 0;
 	}
 	/* do_exit() has counted this thread off already */
 	last = task->signal->live.counter == 0;
@@ -256,7 +258,7 @@ int on_list_open(struct bpf_iter__task *ctx)
 		/* it has slept since before the recording, so it is inside a call */
 		struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
 
-		take_arguments(&before, task, regs, SYSCALL_NUMBER(regs));
+		take_arguments(&before, (__u64)task, regs, SYSCALL_NUMBER(regs));
 		before.start_ns = record->marked_ns;
 		status = STATUS_THROUGHOUT;
 		if (SYSCALL_NUMBER(regs) >= 0)
@@ -264,7 +266,7 @@ int on_list_open(struct bpf_iter__task *ctx)
 	} else {
 		number = task_cpu(task);
 		cpu = bpf_map_lookup_elem(&cpus, &number);
-		if (cpu && cpu->flight_task == (__u64)task)
+		if (cpu && cpu->task == (__u64)task && cpu->in_flight)
 			flight = &cpu->flight;
 	}
 	if (flight && record_syscalls) {

@@ -3,6 +3,11 @@
  * Which thread runs on this CPU, and what it was doing: kept at every context switch, so that the system
  * call programs find it without a look-up.
  *
+ * A thread is told by the address of its user registers, which the call programs get as an argument: asking
+ * for the current task would be one more helper call in each of them. The switch program learns a recorded
+ * thread's address from its record; it does not know other threads', so their first call after a switch
+ * looks them up.
+ *
  * Sees:   every context switch of the host.
  * Misses: some kernels run no BPF program in the context of chosen threads (seen on a cloud provider's
  *         guest kernel, with the threads of its own agent), so that a switch away from one of them is not
@@ -30,15 +35,22 @@ static __always_inline void take_up(struct cpu_state *cpu, struct task_struct *t
 	if (record_offcpu && record->left_ns)
 		write_offcpu(cpu, task, record, now ?: bpf_ktime_get_ns());
 	record->left_ns = record->woken_ns = 0;
+	cpu->task = (__u64)task;
+	cpu->recorded = 1;
+	cpu->tgid = task->tgid;
+	cpu->tid = task->pid;
 	if (record->in_flight) {
 		cpu->flight = record->flight;
-		cpu->flight_task = (__u64)task;
+		cpu->in_flight = record->registers;
 		record->in_flight = 0;
 	}
 }
 
-/* The slow way, when it is not known who runs: is the current thread recorded, and since when? */
-__noinline int look_up_running(struct cpu_state *cpu, __u64 *since)
+/*
+ * The slow way, when it is not known who runs: is the current thread, whose registers are at that address,
+ * recorded, and since when?
+ */
+static __noinline int look_up_running(struct cpu_state *cpu, __u64 registers, __u64 *since)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
 	struct task_record *record, fresh = {};
@@ -46,8 +58,9 @@ __noinline int look_up_running(struct cpu_state *cpu, __u64 *since)
 
 	if (!cpu || !since)
 		return FOUND_NOTHING;
-	cpu->running = (__u64)task;
-	cpu->traced = cpu->flight_task = 0;
+	cpu->running = registers;
+	cpu->traced = cpu->in_flight = cpu->recorded = 0;
+	cpu->task = (__u64)task;
 	record = record_of(task);
 	if (!record && record_everything && task->tgid != recorder_tgid) {
 		record = new_record_of(task, &fresh);
@@ -56,7 +69,7 @@ __noinline int look_up_running(struct cpu_state *cpu, __u64 *since)
 	}
 	if (!record || record->phase == PHASE_DORMANT)
 		return FOUND_NOTHING;
-	cpu->traced = (__u64)task;
+	cpu->traced = record->registers = registers;
 	phase = record->phase;
 	if (record->left_ns && phase == PHASE_NORMAL)
 		record->left_status = STATUS_END_LATE;
@@ -80,7 +93,7 @@ static __always_inline void switch_out(struct cpu_state *cpu, struct task_struct
 		record->left_status = STATUS_END_LATE;
 		take_up(cpu, task, record, now);
 	}
-	if (cpu->flight_task == (__u64)task) {
+	if (cpu->in_flight && cpu->in_flight == record->registers) {
 		record->flight = cpu->flight;
 		record->in_flight = 1;
 	}
@@ -93,25 +106,16 @@ static __always_inline void switch_in(struct cpu_state *cpu, struct task_struct 
 {
 	struct task_record *record = record_of(task);
 
-	cpu->running = (__u64)task;
-	if (!record) {
-		/* in a whole-host recording a thread is taken up at its next call */
-		if (record_everything)
-			cpu->running = 0;
-		return;
-	}
-	if (record->phase == PHASE_DORMANT)
+	if (!record || record->phase == PHASE_DORMANT)
 		return;
 	take_up(cpu, task, record, now);
 	if (record->phase != PHASE_NORMAL) {
 		/* the call programs find out what the phase means; without them it means nothing */
-		if (record_syscalls || record_messages) {
-			cpu->running = 0;
+		if (record_syscalls || record_messages)
 			return;
-		}
 		record->phase = PHASE_NORMAL;
 	}
-	cpu->traced = (__u64)task;
+	cpu->running = cpu->traced = record->registers;
 }
 
 SEC("tp_btf/sched_switch")
@@ -123,7 +127,8 @@ int BPF_PROG(on_sched_switch, bool preempted, struct task_struct *previous, stru
 
 	if (!cpu)
 		return 0;
-	if (cpu->traced == (__u64)previous || (cpu->running != (__u64)previous && previous->pid)) {
+	/* it is recorded, or it is not the one that was seen to be switched in */
+	if (cpu->recorded || (cpu->task != (__u64)previous && previous->pid)) {
 		now = bpf_ktime_get_ns();
 		/* a waker may already have set TASK_WAKING in the task (commit fa2c3254d7cf added the
 		 * argument for that) */
@@ -133,7 +138,8 @@ int BPF_PROG(on_sched_switch, bool preempted, struct task_struct *previous, stru
 			state = task_state(previous);
 		switch_out(cpu, previous, preempted, state, now);
 	}
-	cpu->running = cpu->traced = cpu->flight_task = 0;
+	cpu->running = cpu->traced = cpu->in_flight = cpu->recorded = 0;
+	cpu->task = (__u64)next;
 	if (next->pid)
 		switch_in(cpu, next, now);
 	return 0;

@@ -61,6 +61,7 @@ struct task_record {
 	__u64 left_ns; /* when it left the CPU, or 0 */
 	__u64 woken_ns;
 	__u64 marked_ns;
+	__u64 registers; /* where its user registers are saved, 0: not known yet */
 	__u32 waker_tgid;
 	__u32 waker_tid;
 	__u32 left_state;

@@ -15,8 +15,8 @@
 #include "running.h"
 #include "state.h"
 
-static __always_inline void write_call(struct cpu_state *cpu, struct task_struct *task,
-				       struct flight *flight, __u64 duration_ns, __s64 result, __u8 status)
+static __always_inline void write_call(struct cpu_state *cpu, struct flight *flight, __u64 duration_ns,
+				       __s64 result, __u8 status)
 {
 	struct call *call;
 	__u64 index;
@@ -31,8 +31,8 @@ static __always_inline void write_call(struct cpu_state *cpu, struct task_struct
 	call->flags = status;
 	call->start_ns = flight->start_ns;
 	call->duration_ns = duration_ns;
-	call->tgid = task->tgid;
-	call->tid = task->pid;
+	call->tgid = cpu->tgid;
+	call->tid = cpu->tid;
 	call->result = result;
 	call->arg0 = flight->arg0;
 	call->arg1 = flight->arg1;
@@ -40,8 +40,8 @@ static __always_inline void write_call(struct cpu_state *cpu, struct task_struct
 	commit(&call->sequence, index);
 }
 
-static __always_inline void take_arguments(struct flight *flight, struct task_struct *task,
-					   struct pt_regs *regs, long number)
+static __always_inline void take_arguments(struct flight *flight, __u64 task, struct pt_regs *regs,
+					   long number)
 {
 	if (task_is_compat(task)) {
 		flight->number = (__u16)number | COMPAT_SYSCALL;
@@ -61,17 +61,16 @@ static __always_inline void take_arguments(struct flight *flight, struct task_st
 SEC("tp_btf/sys_enter")
 int BPF_PROG(on_sys_enter, struct pt_regs *regs, long number)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
 	struct cpu_state *cpu = this_cpu();
-	__u64 since;
+	__u64 thread = (__u64)regs, since;
 
 	if (!cpu)
 		return 0;
-	if (cpu->traced != (__u64)task &&
-	    (cpu->running == (__u64)task || look_up_running(cpu, &since) == FOUND_NOTHING))
+	if (cpu->traced != thread &&
+	    (cpu->running == thread || look_up_running(cpu, thread, &since) == FOUND_NOTHING))
 		return 0;
-	take_arguments(&cpu->flight, task, regs, number);
-	cpu->flight_task = (__u64)task;
+	take_arguments(&cpu->flight, cpu->task, regs, number);
+	cpu->in_flight = thread;
 	cpu->flight.start_ns = bpf_ktime_get_ns();
 	return 0;
 }
@@ -80,7 +79,6 @@ int BPF_PROG(on_sys_enter, struct pt_regs *regs, long number)
 static __noinline int exit_without_entry(struct cpu_state *cpu, struct pt_regs *regs, long result,
 					 enum found found, __u64 since)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
 	__u64 now = bpf_ktime_get_ns();
 	struct flight *flight;
 	__u8 status = STATUS_BEGAN_BEFORE;
@@ -88,7 +86,7 @@ static __noinline int exit_without_entry(struct cpu_state *cpu, struct pt_regs *
 	if (!cpu)
 		return 0;
 	flight = &cpu->flight;
-	take_arguments(flight, task, regs, SYSCALL_NUMBER(regs));
+	take_arguments(flight, cpu->task, regs, SYSCALL_NUMBER(regs));
 	if (SYSCALL_NUMBER(regs) < 0)
 		return 0; /* a signal's return rewrote the registers: the call is not known */
 	flight->start_ns = since;
@@ -99,37 +97,36 @@ static __noinline int exit_without_entry(struct cpu_state *cpu, struct pt_regs *
 	if (record_messages && write_message(cpu, regs, result, now - flight->start_ns, status))
 		return 0;
 	if (record_syscalls)
-		write_call(cpu, task, flight, now - flight->start_ns, result, status);
+		write_call(cpu, flight, now - flight->start_ns, result, status);
 	return 0;
 }
 
 SEC("tp_btf/sys_exit")
 int BPF_PROG(on_sys_exit, struct pt_regs *regs, long result)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
 	struct cpu_state *cpu = this_cpu();
 	enum found found = FOUND_TRACED;
-	__u64 duration_ns, since = 0;
+	__u64 duration_ns, thread = (__u64)regs, since = 0;
 
 	if (!cpu)
 		return 0;
-	if (cpu->flight_task != (__u64)task) {
-		if (cpu->traced != (__u64)task) {
-			if (cpu->running == (__u64)task || !entries_seen)
+	if (cpu->in_flight != thread) {
+		if (cpu->traced != thread) {
+			if (cpu->running == thread || !entries_seen)
 				return 0;
-			found = look_up_running(cpu, &since);
+			found = look_up_running(cpu, thread, &since);
 			if (found == FOUND_NOTHING || found == FOUND_NEWBORN)
 				return 0;
 		}
-		if (cpu->flight_task != (__u64)task)
+		if (cpu->in_flight != thread)
 			return exit_without_entry(cpu, regs, result, found, since);
 	}
 	duration_ns = bpf_ktime_get_ns() - cpu->flight.start_ns;
-	cpu->flight_task = 0;
+	cpu->in_flight = 0;
 	if (record_messages && write_message(cpu, regs, result, duration_ns, STATUS_COMPLETE))
 		return 0;
 	if (record_syscalls)
-		write_call(cpu, task, &cpu->flight, duration_ns, result, STATUS_COMPLETE);
+		write_call(cpu, &cpu->flight, duration_ns, result, STATUS_COMPLETE);
 	return 0;
 }
 

@@ -5,13 +5,14 @@ drained into tables and writes them. What lies between is bounded: when the disk
 up, and the kernel counts what is lost.
 """
 
+import ctypes
 import queue
-import resource
+import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,7 +110,29 @@ class Use:
     @staticmethod
     def peak_rss_bytes() -> int:
         """The largest resident set so far; the mapped rings count."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # not ru_maxrss: that goes on from what the process was before it executed Python, such as a large
+        # parent that used vfork (setmax_mm_hiwater_rss in fs/exec.c)
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        return 0
+
+
+@contextmanager
+def same_interrupt_handler() -> Iterator[None]:
+    """Undo what importing polars does to SIGINT; works in any thread, as signal.signal() does not.
+
+    polars sets a handler that makes whatever it is computing fail (polars-error/src/signals.rs): Ctrl-C would
+    end the writer within a batch, and under `run`, where it is meant for the command, too.
+    """
+    get, set_again = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+    get.argtypes, get.restype = [ctypes.c_int], ctypes.c_void_p
+    set_again.argtypes, set_again.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    handler = get(signal.SIGINT)
+    try:
+        yield
+    finally:
+        set_again(signal.SIGINT, handler)
 
 
 class Recorder:
@@ -245,7 +268,8 @@ class Recorder:
         """The writer thread: takes batches until None comes."""
         try:
             # imported here, while the rings already fill: see above
-            from scope_ebpf.recording.store import Store  # noqa: PLC0415
+            with same_interrupt_handler():
+                from scope_ebpf.recording.store import Store  # noqa: PLC0415
 
             self._store = Store(self.plan, started_ns, use)
         except BaseException as error:  # noqa: BLE001 - handed to the main thread

@@ -48,14 +48,14 @@ class StatusLine:
             f"{status.seconds:6.0f} s  {'  '.join(rates)}  lost {status.lost:,}"
             f"  {status.bytes_on_disk / 1e6:,.1f} MB  CPU {status.cpu_percent:.1f} %"
         )
-        width = shutil.get_terminal_size().columns - 3  # room for the ^C of Ctrl-C
-        say(f"\r{line[:width]:<{width}}", end="")
+        width = max(shutil.get_terminal_size().columns - 3, 0)  # room for the ^C of Ctrl-C
+        say(f"\r{line[:width].ljust(width)}", end="")
         self._before, self._shown = status, True
 
     def clear(self) -> None:
         """Leave an empty line behind."""
         if self._shown:
-            say(f"\r{'':<{shutil.get_terminal_size().columns - 1}}\r", end="")
+            say(f"\r{' ' * (shutil.get_terminal_size().columns - 1)}\r", end="")
 
 
 def say(text: str, *, end: str = "\n") -> None:

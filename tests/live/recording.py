@@ -111,13 +111,15 @@ def compiled(name: str, directory: Path, *flags: str) -> Path:
 
 @dataclass
 class Session:
-    """One run of the command line that records."""
+    """One run of the command line that records; `target` and `note`: of what it records, if one."""
 
     process: subprocess.Popen[str]
     path: Path
     talk: list[str] = field(default_factory=list)
     out: str = ""
     code: int | None = None
+    target: int = 0
+    note: Any = None
     _opened: Recording | None = None
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> None:
@@ -201,6 +203,7 @@ def attached(
     path = directory / "test.scope"
     chosen = [part for pid in pids for part in ("--pid", pid)]
     with scope_ebpf_command(path, "attach", *chosen, "-o", path, *options, **more) as session:
+        session.target = pids[0]
         yield session
 
 
