@@ -70,7 +70,7 @@ def perf_bytes(setting: Setting, requests: int, *, seed: int) -> float:
     shop = setting.shop()
     data = setting.path("shop.data")
     # perf follows the children to come, but has to be told of those that exist
-    tracer = tracers.perf_record(shop.threads(), data)
+    tracer = tracers.perf_record(shop.processes(), data)
     with tracer:
         shop.load(requests, seed=seed)
     size = data.stat().st_size

@@ -167,7 +167,7 @@ class MeasuredShop:
             raise RuntimeError(f"the shop did not answer as it should: {ran.stdout.strip()}")
         return Loaded(requests, told["seconds"], cpu_ns, told["p50_ms"])
 
-    def threads(self) -> list[int]:
+    def processes(self) -> list[int]:
         """All its processes that run now: what a tool without --follow has to be told."""
         listed = (self._group.directory / "cgroup.procs").read_text().split()
         return sorted(int(pid) for pid in listed)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import bpf_statistics
@@ -16,13 +15,13 @@ from call_cost import attached, build_empty
 from numpy.typing import NDArray
 from results import Row, Section
 from setting import SCOPE_EBPF, Setting
-from shop import Loaded, MeasuredShop
+from shop import MeasuredShop
 
 Samples = NDArray[np.float64]
 
 NAME = "shop-overhead"
 TITLE = "Overhead on the shop, all families on"
-PAIRS, QUICK_PAIRS = 40, 3
+ROUNDS, QUICK_ROUNDS = 32, 2
 REQUESTS, QUICK_REQUESTS = 800, 300
 # The first segment comes after the import of polars, which is not part of a steady recording.
 STEADY_SECONDS = 15.0
@@ -30,30 +29,37 @@ EVENTS_PER_SECOND = 40_000
 PACED_SECONDS, QUICK_PACED_SECONDS = 20.0, 5.0
 PACED_RUNS, QUICK_PACED_RUNS = 3, 1
 CLIENTS = 4
+UNTRACED, SCOPE = "untraced", "scope-ebpf"
 RESAMPLES = 20_000
 CALL_PROGRAMS = ("on_sys_enter", "on_sys_exit")
 CONFIDENCE = 95
 
 
 def measure(setting: Setting) -> Section:
-    """Pairs of windows, then the kernel's statistics, then the recorder at a steady rate."""
+    """Rounds of windows, then the kernel's statistics, then the recorder at a steady rate."""
     section = Section(NAME, TITLE)
     shop = setting.shop()
-    per_request = pairs(setting, section, shop)
+    per_request = rounds(setting, section, shop)
     events = statistics_window(setting, section, shop, per_request)
     paced(setting, section, shop, events)
     return section
 
 
-def window(setting: Setting, shop: MeasuredShop, seed: int, *, traced: bool) -> Loaded:
-    """CPU time of some requests. Attaching and detaching are outside of what is counted."""
+@contextmanager
+def traced(setting: Setting, shop: MeasuredShop) -> Iterator[None]:
+    """scope-ebpf at work on the shop, with all families."""
     recording = setting.path("shop.scope")
-    requests = QUICK_REQUESTS if setting.quick else REQUESTS
-    tracer = tracers.scope_ebpf(SCOPE_EBPF, shop.pids, recording) if traced else nullcontext()
-    with tracer:
-        if traced:
-            wait_until_steady(recording)
-        return shop.load(requests, clients=CLIENTS, seed=seed)
+    with tracers.scope_ebpf(SCOPE_EBPF, shop.pids, recording):
+        wait_until_steady(recording)
+        yield
+
+
+@contextmanager
+def traced_by_perf(setting: Setting, shop: MeasuredShop) -> Iterator[None]:
+    """perf record at work on the shop: system calls only."""
+    # it follows the children to come, but has to be told of those that exist
+    with tracers.perf_record(shop.processes(), setting.path("shop.data")):
+        yield
 
 
 def wait_until_steady(recording: Path) -> None:
@@ -66,45 +72,57 @@ def wait_until_steady(recording: Path) -> None:
     time.sleep(0.3)
 
 
-def pairs(setting: Setting, section: Section, shop: MeasuredShop) -> float:
-    """CPU time per request with and without tracing; returns what it is without, in ns.
+def rounds(setting: Setting, section: Section, shop: MeasuredShop) -> float:
+    """CPU time per request with each kind of tracing; returns what it is without any, in ns.
 
-    Both windows of a pair make the same requests; which comes first alternates.
+    All windows of a round make the same requests, one after the other; which is first rotates.
+    Attaching and detaching are outside of what is counted.
     """
-    ratios, plain_us, traced_us = [], [], []
-    count = QUICK_PAIRS if setting.quick else PAIRS
-    setting.say(f"{NAME}: {count} pairs of windows")
+    variants: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        UNTRACED: nullcontext,
+        SCOPE: lambda: traced(setting, shop),
+    }
+    built = build_empty(setting, section)
+    if built is not None:
+        empty = built
+        variants["two empty programs: the floor"] = lambda: attached(empty)
+    if setting.tools["perf"]:
+        variants["perf record, system calls only"] = lambda: traced_by_perf(setting, shop)
+    else:
+        section.notes.append("perf record: not measured, perf is missing")
+    names = list(variants)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    count = QUICK_ROUNDS if setting.quick else ROUNDS
+    requests = QUICK_REQUESTS if setting.quick else REQUESTS
     for number in range(count):
-        found = {}
-        for traced in (number % 2 == 1, number % 2 == 0):
-            found[traced] = window(setting, shop, number, traced=traced).cpu_ns_per_request
-        ratios.append(found[True] / found[False])
-        plain_us.append(found[False] / 1000)
-        traced_us.append(found[True] / 1000)
-    plain = section.add("untraced: CPU time per request", "µs", plain_us) or math.nan
-    section.add("scope-ebpf: CPU time per request", "µs", traced_us)
-    percent = [100 * (ratio - 1) for ratio in ratios]
-    overhead, low, high = center(percent)
-    section.rows.append(
-        Row(
-            "scope-ebpf: overhead",
-            "%",
-            overhead,
-            low,
-            high,
-            tuple(percent),
-            spread=f"{CONFIDENCE} % confidence",
-            note="middle half's mean of all pairs",
+        setting.say(f"{NAME}: round {number + 1} of {count}")
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            with variants[name]():
+                loaded = shop.load(requests, clients=CLIENTS, seed=number)
+            found[name].append(loaded.cpu_ns_per_request / 1000)
+    for name, taken in found.items():
+        section.add(f"{name}: CPU time per request", "µs", taken)
+    for name in names[1:]:
+        percent = [
+            100 * (with_it / without - 1)
+            for with_it, without in zip(found[name], found[UNTRACED], strict=True)
+        ]
+        middle, low, high = center(percent)
+        spread = f"{CONFIDENCE} % confidence"
+        note = "mean of the middle half of the rounds"
+        section.rows.append(
+            Row(f"{name}: overhead", "%", middle, low, high, tuple(percent), spread, note)
         )
-    )
-    section.ask(
-        "CPU time per request: at most 2 % over untraced",
-        2,
-        "%",
-        overhead,
-        f"{CONFIDENCE} % confidence: {low:.1f} to {high:.1f} %, {len(ratios)} pairs",
-    )
-    return plain * 1000
+        if name == SCOPE:
+            section.ask(
+                "CPU time per request: at most 2 % over untraced",
+                2,
+                "%",
+                middle,
+                f"{spread}: {low:.1f} to {high:.1f} %, {count} rounds",
+            )
+    return 1000 * float(np.median(found[UNTRACED]))
 
 
 def center(values: Sequence[float]) -> tuple[float, float, float]:

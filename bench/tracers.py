@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 READY_SECONDS = 30.0
 # perf reads again all that it has written before it ends.
@@ -189,18 +190,27 @@ def recorded(recording: Path) -> dict[str, dict[str, int]]:
     Raises:
         RuntimeError: it is not complete.
     """
-    meta = json.loads((recording / "meta.json").read_text())
-    if not meta["complete"]:
-        log = recording.with_suffix(".log").read_text().strip()
-        raise RuntimeError(f"{recording.name} is not complete: {log[-500:]}")
-    tables: dict[str, dict[str, int]] = meta["tables"]
+    tables: dict[str, dict[str, int]] = complete_meta(recording)["tables"]
     return tables
 
 
 def lost_in_all(recording: Path) -> int:
-    """Everything that a recording counts as lost."""
-    meta = json.loads((recording / "meta.json").read_text())
+    """Everything that a recording counts as lost; raises RuntimeError if it is not complete."""
+    meta = complete_meta(recording)
     return int(sum(table["lost"] for table in meta["tables"].values()) + meta["lost_tasks"])
+
+
+def complete_meta(recording: Path) -> dict[str, Any]:
+    """meta.json of a recording that ended in good order.
+
+    Raises:
+        RuntimeError: it did not.
+    """
+    meta: dict[str, Any] = json.loads((recording / "meta.json").read_text())
+    if not meta["complete"]:
+        log = recording.with_suffix(".log").read_text().strip()
+        raise RuntimeError(f"{recording.name} is not complete: {meta['notes']}: {log[-500:]}")
+    return meta
 
 
 def perf_record(pids: Sequence[int], data: Path, *, cpus: Collection[int] | None = None) -> Tracer:

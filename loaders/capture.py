@@ -25,7 +25,16 @@ CALL_PROGRAMS = ("on_sys_exit", "on_sys_enter")
 CGROUP_PROGRAMS = ("on_cgroup_mkdir", "on_cgroup_attach")
 ITERATORS = ("on_mark_tasks", "on_list_files", "on_list_open")
 # Structs whose layout must be the one that Python reads.
-RECORDS = ("call", "message", "offcpu", "payload", "process", "connection", "marked_task", "cpu_state")
+RECORDS = (
+    "call",
+    "message",
+    "offcpu",
+    "payload",
+    "process",
+    "connection",
+    "marked_task",
+    "cpu_state",
+)
 
 # Ring sizes by default: a second of a fast burst on each CPU of a small host, less on each of a large
 # one, where the work is spread.
@@ -164,7 +173,7 @@ class Capture:
         that no entry is seen without its exit.
         """
         families = self.options.families
-        chosen = LIFE_PROGRAMS
+        chosen: tuple[str, ...] = LIFE_PROGRAMS
         if self.options.cgroup is not None:
             chosen += CGROUP_PROGRAMS
         if "offcpu" in families:
@@ -204,9 +213,7 @@ class Capture:
     def _map_rings(self) -> None:
         """Map the CPU states and both rings of each CPU."""
         self._states = array_in(
-            self._object.map_memory(
-                "cpus", self.cpus * records.CPU_STATE.itemsize, writable=True
-            ),
+            self._object.map_memory("cpus", self.cpus * records.CPU_STATE.itemsize, writable=True),
             records.CPU_STATE,
             self.cpus,
         )
@@ -355,5 +362,11 @@ def hot_dtype() -> np.dtype[Any]:
 def wide_dtype(stride: int) -> np.dtype[Any]:
     """A wide slot before its kind is looked at."""
     return np.dtype(
-        [("sequence", "<u4"), ("length", "<u2"), ("kind", "u1"), ("flags", "u1"), ("rest", f"V{stride - 8}")]
+        [
+            ("sequence", "<u4"),
+            ("length", "<u2"),
+            ("kind", "u1"),
+            ("flags", "u1"),
+            ("rest", f"V{stride - 8}"),
+        ]
     )

@@ -82,9 +82,7 @@ class ElfObject:
     def _section(self, name: str) -> Section:
         found = self._file.get_section_by_name(name)
         if found is None:
-            raise FormatError(
-                f"cannot use {self.path}: it has no section {name}; run `make build`"
-            )
+            raise FormatError(f"cannot use {self.path}: it has no section {name}; run `make build`")
         return found
 
     def _damaged(self, error: BaseException) -> FormatError:

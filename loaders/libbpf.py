@@ -73,9 +73,7 @@ class _Library:
         self.map_fd = function("bpf_map__fd", number, pointer)
         self.set_max_entries = function("bpf_map__set_max_entries", number, pointer, c.c_uint32)
         self.set_value_size = function("bpf_map__set_value_size", number, pointer, c.c_uint32)
-        self.initial_value = function(
-            "bpf_map__initial_value", pointer, pointer, c.POINTER(size)
-        )
+        self.initial_value = function("bpf_map__initial_value", pointer, pointer, c.POINTER(size))
         self.map_update = function(
             "bpf_map_update_elem", number, number, pointer, pointer, c.c_uint64
         )
@@ -119,7 +117,9 @@ def explain(number: int, log: list[str]) -> str:
     cause = CAUSES.get(number, os.strerror(number))
     noise = ("processed ", "-- ", "verification time", "stack depth", "libbpf: -- ")
     lines = [
-        line.strip().removeprefix("libbpf: ") for line in log if line.strip() and "CO-RE" not in line
+        line.strip().removeprefix("libbpf: ")
+        for line in log
+        if line.strip() and "CO-RE" not in line
     ]
     telling = [
         line
@@ -263,9 +263,7 @@ class BpfObject:
     def update(self, name: str, key: int, value: int, *, key_bytes: int = 4) -> None:
         """Set an element of a map with a number as key and a 32-bit value."""
         key_data = c.create_string_buffer(key.to_bytes(key_bytes, "little"), key_bytes)
-        result = self._lib.map_update(
-            self.map_fd(name), key_data, c.byref(c.c_uint32(value)), 0
-        )
+        result = self._lib.map_update(self.map_fd(name), key_data, c.byref(c.c_uint32(value)), 0)
         self._check(result, f"update the map {name}")
 
     def map_memory(self, name: str, length: int, *, writable: bool = False) -> mmap.mmap:
@@ -320,4 +318,3 @@ def possible_cpus() -> int:
     """One more than the highest CPU number that this host can have."""
     text = Path("/sys/devices/system/cpu/possible").read_text()
     return max(int(part.split("-")[-1]) for part in text.strip().split(",")) + 1
-

@@ -87,7 +87,9 @@ def find_target(tgid: int) -> Target:
             f"cannot attach to {tgid}: it is a thread of process {leader}; attach to {leader}"
         )
     if tgid == os.getpid():
-        raise TargetError(f"cannot attach to process {tgid}: that is this recorder; name another one")
+        raise TargetError(
+            f"cannot attach to process {tgid}: that is this recorder; name another one"
+        )
     if len(fields) > 6 and int(fields[6]) & PF_KTHREAD:
         raise TargetError(
             f"cannot attach to process {tgid}: {comm} is a thread of the kernel, not a process;"

@@ -6,6 +6,7 @@ up, and the kernel counts what is lost.
 """
 
 import ctypes
+import os
 import queue
 import signal
 import threading
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from scope_ebpf import records
 from scope_ebpf.errors import TargetError
 from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions
 from scope_ebpf.loaders.ring import Records
@@ -192,7 +192,7 @@ class Recorder:
             writer.start()
             try:
                 self._drain(capture, live, marked, use, on_status)
-            except BaseException as error:  # noqa: BLE001 - raised below, when the writer has ended
+            except BaseException as error:
                 self._fail(error)
             finally:
                 self._queue.put(None)
@@ -218,7 +218,9 @@ class Recorder:
             time.sleep(interval)
             fill = capture.fill()
             pending.add(capture.drain())
-            interval = min(max(interval * FILL_GOAL / max(fill, 1e-6), POLL_SECONDS[0]), POLL_SECONDS[1])
+            interval = min(
+                max(interval * FILL_GOAL / max(fill, 1e-6), POLL_SECONDS[0]), POLL_SECONDS[1]
+            )
             now = time.monotonic()
             if capture.marks_wanted() != marks:
                 marks = capture.marks_wanted()
@@ -267,23 +269,25 @@ class Recorder:
     def _write(self, started_ns: int, use: Use) -> None:
         """The writer thread: takes batches until None comes."""
         try:
+            # More threads would encode a segment sooner, for more CPU time and memory in all.
+            os.environ.setdefault("POLARS_MAX_THREADS", "1")
             # imported here, while the rings already fill: see above
             with same_interrupt_handler():
-                from scope_ebpf.recording.store import Store  # noqa: PLC0415
+                from scope_ebpf.recording.store import Store
 
             self._store = Store(self.plan, started_ns, use)
-        except BaseException as error:  # noqa: BLE001 - handed to the main thread
+        except BaseException as error:
             self._fail(error)
         while (batch := self._queue.get()) is not None:
             try:
                 if self._store is not None:
                     self._store.save(batch)
-            except BaseException as error:  # noqa: BLE001 - handed to the main thread
+            except BaseException as error:
                 self._fail(error)
         try:
             if self._store is not None:
                 self._store.finish(self._failure)
-        except BaseException as error:  # noqa: BLE001 - handed to the main thread
+        except BaseException as error:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:

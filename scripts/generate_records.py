@@ -63,9 +63,7 @@ def struct_source(name: str, dtype: np.dtype[np.void]) -> str:
 def main() -> None:
     """Print the module."""
     btf = Btf.from_object(Path(sys.argv[1]))
-    anchored = [
-        entry for name, entry in btf.variables().items() if name.startswith("anchor_")
-    ]
+    anchored = [entry for name, entry in btf.variables().items() if name.startswith("anchor_")]
     enums = [entry.name for entry in anchored if entry.kind == ENUM]
     structs = [entry.name for entry in anchored if entry.kind == STRUCT]
     structs.sort(key=lambda name: name != "flight")  # it stands inside of cpu_state

@@ -42,9 +42,9 @@ def attach(
     Nothing in the processes is changed or stopped. Recording ends on Ctrl-C, SIGTERM, the end of the
     duration, or the last target's exit; then a summary is printed.
     """
-    from scope_ebpf.cli import session  # noqa: PLC0415 - numpy is not needed for the help
-    from scope_ebpf.loaders.capture import CaptureOptions  # noqa: PLC0415
-    from scope_ebpf.loaders.targets import check_pid_namespace, find_target  # noqa: PLC0415
+    from scope_ebpf.cli import session
+    from scope_ebpf.loaders.capture import CaptureOptions
+    from scope_ebpf.loaders.targets import check_pid_namespace, find_target
 
     check_pid_namespace()
     targets = tuple(find_target(pid) for pid in dict.fromkeys(pids))

@@ -108,4 +108,5 @@ def open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
-            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+            stream = open(number, "r" if number == 0 else "w", closefd=False)  # noqa: SIM115 - stays open
+            setattr(sys, name, stream)

@@ -35,9 +35,9 @@ def record(
     if (cgroup is None) != everything:
         raise click.UsageError("give either --cgroup PATH or --all")
 
-    from scope_ebpf.cli import session  # noqa: PLC0415 - numpy is not needed for the help
-    from scope_ebpf.loaders.capture import CaptureOptions  # noqa: PLC0415
-    from scope_ebpf.loaders.cgroups import resolve  # noqa: PLC0415
+    from scope_ebpf.cli import session
+    from scope_ebpf.loaders.capture import CaptureOptions
+    from scope_ebpf.loaders.cgroups import resolve
 
     directory = None if cgroup is None else resolve(cgroup)
     session.record(

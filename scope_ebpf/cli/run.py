@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 
 import click
@@ -23,7 +22,10 @@ Examples:
 """,
 )
 @click.option(
-    "--follow/--no-follow", default=True, show_default=True, help="Record the command's children, too."
+    "--follow/--no-follow",
+    default=True,
+    show_default=True,
+    help="Record the command's children, too.",
 )
 @recording_options
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -40,9 +42,9 @@ def run(
     Under sudo the command runs as the invoking user, not as root. Ctrl-C goes to the command; recording ends
     when it does. The summary goes to stderr.
     """
-    from scope_ebpf.cli import session  # noqa: PLC0415 - numpy is not needed for the help
-    from scope_ebpf.loaders.capture import CaptureOptions  # noqa: PLC0415
-    from scope_ebpf.loaders.targets import Target, check_pid_namespace  # noqa: PLC0415
+    from scope_ebpf.cli import session
+    from scope_ebpf.loaders.capture import CaptureOptions
+    from scope_ebpf.loaders.targets import Target, check_pid_namespace
 
     check_pid_namespace()
     with HeldCommand(command, os.environ) as held:
@@ -80,7 +82,7 @@ class HeldCommand:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Fork. Must happen before this process starts threads or gives up privileges."""
-        from scope_ebpf.loaders import privileges  # noqa: PLC0415 - as above
+        from scope_ebpf.loaders import privileges
 
         account = privileges.invoking_account(environment)
         gate, self._gate = os.pipe()
@@ -95,7 +97,7 @@ class HeldCommand:
                     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
                         signal.signal(number, signal.SIG_DFL)
                     theirs = privileges.become_invoking_user(environment, account)
-                    os.execvpe(command[0], list(command), theirs)
+                    os.execvpe(command[0], list(command), theirs)  # noqa: S606 - what run is for
             except (OSError, ScopeError) as error:
                 cause = error.strerror if isinstance(error, OSError) else str(error)
                 os.write(failure, f"{getattr(error, 'errno', 0)} {cause}".encode())
@@ -130,7 +132,8 @@ class HeldCommand:
         if message:
             number, _, cause = message.partition(" ")
             click.echo(
-                f"error: cannot run {self._name}: {cause}; check the command's name and path", err=True
+                f"error: cannot run {self._name}: {cause}; check the command's name and path",
+                err=True,
             )
             raise click.exceptions.Exit(NOT_FOUND if number == "2" else NOT_EXECUTABLE)
 

@@ -127,6 +127,6 @@ def record(
 def show_summary(path: Path, *, to_stderr: bool) -> None:
     """Print a recording's summary."""
     # polars is imported by now, in the writer's thread; importing it here first would delay the start
-    from scope_ebpf.cli.summary import print_summary  # noqa: PLC0415
+    from scope_ebpf.cli.summary import print_summary
 
     print_summary(path, to_stderr=to_stderr)

@@ -163,7 +163,9 @@ def is_loopback(addresses: NDArray[np.uint8]) -> NDArray[np.bool_]:
     high, low = words(addresses)
     mapped = (high == 0) & (addresses[:, 10] == 0xFF) & (addresses[:, 11] == 0xFF)
     one = np.frombuffer(ipaddress.IPv6Address("::1").packed, "<u8")
-    return (mapped & (addresses[:, 12] == 127)) | ((high == one[0]) & (low == one[1]))
+    four: NDArray[np.bool_] = mapped & (addresses[:, 12] == 127)
+    six: NDArray[np.bool_] = (high == one[0]) & (low == one[1])
+    return np.logical_or(four, six)
 
 
 def mix(*parts: int | Words) -> Words:

@@ -158,10 +158,16 @@ def parse_segment_name(name: str) -> tuple[int, int] | None:
 def frame(table: str, columns: Mapping[str, Any]) -> pl.DataFrame:
     """A DataFrame with the table's schema, from one array or series per column."""
     return pl.DataFrame(
-        [
-            pl.Series(name, columns[name], dtype=dtype, strict=False)
-            if not isinstance(columns[name], np.ndarray)
-            else pl.Series(name, np.ascontiguousarray(columns[name])).cast(dtype)
-            for name, dtype in SCHEMAS[table].items()
-        ]
+        [column(name, columns[name], dtype) for name, dtype in SCHEMAS[table].items()]
     )
+
+
+def column(name: str, values: Any, dtype: pl.DataType) -> pl.Series:
+    """One column of a table. 64-bit times come unsigned and are taken as signed as they are."""
+    if not isinstance(values, np.ndarray):
+        return pl.Series(name, values, dtype=dtype, strict=False)
+    values = np.ascontiguousarray(values)
+    if dtype == pl.Int64 and values.dtype == np.uint64:
+        values = values.view(np.int64)
+    series = pl.Series(name, values)
+    return series if series.dtype == dtype else series.cast(dtype)

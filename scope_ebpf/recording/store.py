@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -143,15 +143,14 @@ class Store:
                 if task["seen_before"]:
                     continue
                 tgid, tid = int(task["tgid"]), int(task["tid"])
-                arguments = command_line(tgid) if tgid == tid else b""
+                # a process that rewrote its title leaves zeros behind it
+                arguments = command_line(tgid).rstrip(b"\0") if tgid == tid else b""
                 record = np.zeros((), records.PROCESS)
                 for name in ("tgid", "tid", "parent_tgid", "cgroup", "start_boottime_ns", "comm"):
                     record[name] = task[name]
                 record["time_ns"] = self._started_ns
                 record["event"] = records.ProcessEvent.PROCESS_ALIVE
-                rows.append(
-                    process_row(record, self._cgroups.path, arguments)
-                )
+                rows.append(process_row(record, self._cgroups.path, arguments))
         return rows
 
     def _loss_rows(self, batch: Drained) -> list[dict[str, Any]]:
@@ -162,16 +161,16 @@ class Store:
         for cpu, kind in zip(*np.nonzero(batch.lost), strict=True):
             table, count = LOSS_TABLES[records.LossKind(kind)], int(batch.lost[cpu, kind])
             self._lost[table] += count
-            rows.append(
-                {"time_ns": batch.since_ns, "cpu": int(cpu), "table": table, "lost": count}
-            )
+            rows.append({"time_ns": batch.since_ns, "cpu": int(cpu), "table": table, "lost": count})
         return rows
 
 
 def first_meta(plan: Plan, started_ns: int) -> Meta:
     """meta.json as it is when the recording begins."""
     options, offsets = plan.options, host.clock_offsets()
-    scope = "host" if options.everything else "pids" if options.cgroup is None else "cgroup"
+    scope: Literal["pids", "cgroup", "host"] = "pids"
+    if options.everything or options.cgroup is not None:
+        scope = "host" if options.everything else "cgroup"
     return Meta(
         scope_ebpf_version=__version__,
         complete=False,
@@ -182,9 +181,7 @@ def first_meta(plan: Plan, started_ns: int) -> Meta:
             boot_id=host.boot_id(),
             cpus=host.cpus(),
         ),
-        clock=Clock(
-            realtime_offset_ns=offsets.realtime_ns, boottime_offset_ns=offsets.boottime_ns
-        ),
+        clock=Clock(realtime_offset_ns=offsets.realtime_ns, boottime_offset_ns=offsets.boottime_ns),
         started_ns=started_ns,
         ended_ns=None,
         command=list(plan.command),

@@ -1,7 +1,7 @@
 """Records as the probes write them, turned into the tables of a recording."""
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,6 @@ import polars as pl
 from numpy.typing import NDArray
 
 from scope_ebpf import records
-from scope_ebpf.loaders.targets import split_arguments
 from scope_ebpf.recording.connections import connections_frame
 from scope_ebpf.recording.schema import SCHEMAS, frame
 from scope_ebpf.records import ProcessEvent, RecordFlags, RecordKind, RecordLimits
@@ -37,7 +36,9 @@ def calls_frame(slots: Records, cpus: NDArray[np.uint16]) -> pl.DataFrame:
     both = slots["kind"] == RecordKind.RECORD_MESSAGE_CALL
 
     def either(message_field: str, call_field: str) -> NDArray[Any]:
-        return np.where(both, messages[message_field].astype(calls[call_field].dtype), calls[call_field])
+        return np.where(
+            both, messages[message_field].astype(calls[call_field].dtype), calls[call_field]
+        )
 
     return frame(
         "syscalls",
@@ -54,7 +55,7 @@ def calls_frame(slots: Records, cpus: NDArray[np.uint16]) -> pl.DataFrame:
             "status": calls["flags"] & RecordFlags.FLAG_STATUS,
             "cpu": cpus,
         },
-    ).sort("start_ns")
+    )
 
 
 def offcpu_frame(slots: Records, cpus: NDArray[np.uint16]) -> pl.DataFrame:
@@ -78,9 +79,14 @@ def offcpu_frame(slots: Records, cpus: NDArray[np.uint16]) -> pl.DataFrame:
             "cpu": cpus,
         },
     )
-    # who wakes from the idle CPU is an interrupt: tid 0 stays, and "not woken" is told by the state
-    woken = (pl.col("state") != 0) & ~pl.col("status").is_in(
-        [records.CallStatus.STATUS_OPEN, records.CallStatus.STATUS_THROUGHOUT]
+    # Who wakes from the idle CPU is an interrupt: tid 0 stays. "Not woken" is told by the state, and a
+    # wakeup that was not seen by the unknown runnable_ns.
+    woken = (
+        (pl.col("state") != 0)
+        & (pl.col("runnable_ns") >= 0)
+        & ~pl.col("status").is_in(
+            [records.CallStatus.STATUS_OPEN, records.CallStatus.STATUS_THROUGHOUT]
+        )
     )
     return columns.with_columns(
         # UNKNOWN_NS, all bits set
@@ -90,7 +96,7 @@ def offcpu_frame(slots: Records, cpus: NDArray[np.uint16]) -> pl.DataFrame:
         pl.when(woken).then("waker_tgid"),
         pl.when(woken).then("waker_tid"),
         pl.when(pl.col("waker_number") != NO_VALUE).then("waker_number"),
-    ).sort("start_ns")
+    )
 
 
 class Payloads:
@@ -116,37 +122,45 @@ class Payloads:
             mine = flagged[cpus[flagged] == cpu]
             waiting = np.concatenate(self._waiting.pop(cpu))
             head = waiting.view(np.uint8).reshape(len(waiting), -1)
-            owners = np.ascontiguousarray(
-                head[:, : records.PAYLOAD.itemsize]
-            ).view(records.PAYLOAD)["hot_index"].ravel()
+            owners = (
+                np.ascontiguousarray(head[:, : records.PAYLOAD.itemsize])
+                .view(records.PAYLOAD)["hot_index"]
+                .ravel()
+            )
             found = np.isin(owners, indices[mine])
             if not found.all():
                 # their messages were drained after them: they come with the next ones
-                newest = indices[cpus == cpu].max(initial=0)
-                self.add(cpu, waiting[~found & (owners > newest)])
+                drained = indices[cpus == cpu]
+                later = ~found if not len(drained) else ~found & (owners > drained.max())
+                self.add(cpu, waiting[later])
             order = np.argsort(indices[mine])
             at = np.searchsorted(indices[mine][order], owners[found])
             rows.append(mine[order][at])
             slots.append(waiting[found])
-        result = pl.Series("payload", [None], dtype=pl.Binary)
+        places = np.full(len(cpus), -1, np.int64)
         if not rows or not sum(map(len, rows)):
-            return result.new_from_index(0, len(cpus))
+            return pl.Series("payload", [None], dtype=pl.Binary).new_from_index(0, len(cpus))
+        places[np.concatenate(rows)] = np.arange(sum(map(len, rows)))
         heads = np.concatenate(slots)
         raw = heads.view(np.uint8).reshape(len(heads), -1)
-        bytes_only = np.ascontiguousarray(raw[:, records.PAYLOAD.itemsize :])
         lengths = np.ascontiguousarray(raw[:, : records.PAYLOAD.itemsize]).view(records.PAYLOAD)
+        lengths = lengths["length_bytes"].ravel()
+        size = records.PAYLOAD.itemsize
         captured = pl.DataFrame(
             {
-                "row": pl.Series(np.concatenate(rows).astype(np.int64)),
-                "length": pl.Series(lengths["length_bytes"].ravel().astype(np.int64)),
-                "bytes": pl.Series(bytes_only),
+                "length": pl.Series(lengths.astype(np.int64)),
+                "bytes": pl.Series(
+                    np.ascontiguousarray(raw[:, size : size + max(int(lengths.max()), 1)])
+                ),
             }
         ).select(
-            "row",
-            pl.col("bytes").arr.to_list().list.head(pl.col("length")).cast(pl.Binary).alias("payload"),
-        )
-        every = pl.DataFrame({"row": np.arange(len(cpus), dtype=np.int64)})
-        return every.join(captured, on="row", how="left", maintain_order="left")["payload"]
+            pl.col("bytes")
+            .arr.to_list()
+            .list.head(pl.col("length"))
+            .cast(pl.Binary)
+            .alias("payload")
+        )["payload"]
+        return captured.gather(pl.Series(places).replace(-1, None))
 
 
 def messages_frame(
@@ -175,29 +189,29 @@ def messages_frame(
             "status": flags & RecordFlags.FLAG_STATUS,
             "cpu": cpus,
         },
-    ).sort("start_ns")
+    )
 
 
 def hot_frames(runs: Iterable[Run], payloads: Payloads) -> dict[str, pl.DataFrame]:
-    """The hot slots as rows of syscalls, messages and offcpu."""
+    """The hot slots as rows of syscalls, messages and offcpu, each sorted by its start."""
     cpus, indices, slots = join_runs(runs)
     kinds = slots["kind"]
     frames = {}
     message = (kinds == RecordKind.RECORD_MESSAGE) | (kinds == RecordKind.RECORD_MESSAGE_CALL)
     call = (kinds == RecordKind.RECORD_CALL) | (kinds == RecordKind.RECORD_MESSAGE_CALL)
-    offcpu = kinds == RecordKind.RECORD_OFFCPU
-    if call.any():
-        # mostly everything is a call: then no copy is made
-        frames["syscalls"] = (
-            calls_frame(slots, cpus) if call.all() else calls_frame(slots[call], cpus[call])
-        )
-    if message.any():
-        frames["messages"] = messages_frame(
-            slots[message], cpus[message], indices[message], payloads
-        )
-    if offcpu.any():
-        frames["offcpu"] = offcpu_frame(slots[offcpu], cpus[offcpu])
+    if len(rows := in_order(slots, call)):
+        frames["syscalls"] = calls_frame(slots[rows], cpus[rows])
+    if len(rows := in_order(slots, message)):
+        frames["messages"] = messages_frame(slots[rows], cpus[rows], indices[rows], payloads)
+    if len(rows := in_order(slots, kinds == RecordKind.RECORD_OFFCPU)):
+        frames["offcpu"] = offcpu_frame(slots[rows], cpus[rows])
     return frames
+
+
+def in_order(slots: Records, wanted: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Where the wanted slots are, by their start: nearly sorted runs, which timsort merges."""
+    rows = np.flatnonzero(wanted)
+    return rows[np.argsort(slots["start_ns"][rows], kind="stable")]
 
 
 def text(data: Any) -> str:
@@ -207,7 +221,10 @@ def text(data: Any) -> str:
 
 def command_line(data: bytes) -> str | None:
     """Zero-ended arguments as one shell-quoted line."""
-    return shlex.join(split_arguments(data)) or None
+    if not data:
+        return None
+    arguments = data.removesuffix(b"\0").split(b"\0")
+    return shlex.join(argument.decode(errors="backslashreplace") for argument in arguments)
 
 
 def process_row(

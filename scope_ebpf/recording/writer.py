@@ -11,8 +11,8 @@ from pathlib import Path
 import polars as pl
 
 from scope_ebpf.errors import RecordingError
-from scope_ebpf.recording.meta import Meta, RecorderUse, TableCount, write_meta
 from scope_ebpf.recording.directory import DIRECTORY_MODE
+from scope_ebpf.recording.meta import Meta, RecorderUse, TableCount, write_meta
 from scope_ebpf.recording.schema import SCHEMAS, segment_name
 
 FILE_MODE = 0o600

@@ -1,8 +1,8 @@
-"""How the tests of failures run the command line: beside it, to see it fail, and what it leaves behind.
+"""How the tests of failures run the command line: they see it fail, and what it leaves behind.
 
-Nothing of a recorder may stay in the kernel when it is gone. Which programs and maps are its own stands
-in /proc/PID/fdinfo while it runs; afterwards the kernel is asked for those ids. So recorders of others
-on the same host do no harm.
+Nothing of a recorder may stay in the kernel when it is gone. Which programs and maps are its own
+stands in /proc/PID/fdinfo while it runs; afterwards the kernel is asked for those ids. So recorders
+of others on the same host do no harm.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COMMAND = (sys.executable, "-m", "scope_ebpf")
 NOBODY = 65534
 # Long enough for a host that is busy with other tests.
 PATIENCE_SECONDS = 30.0
-# It counts with the argument of a call that has no effect: close() of descriptors that are not open.
+# It counts with the argument of a call without effect: close() of descriptors that are not open.
 FIRST_FD = 1_000_000_000
 COUNTER = """
 import ctypes, gc, mmap, os, sys, time
@@ -264,7 +264,9 @@ def lost(recording: Recording, name: str) -> int:
 
 def counted(recording: Recording) -> list[int]:
     """Which of COUNTER's calls are there, in the order of time: each at most once."""
-    calls = table(recording, "syscalls").filter(pl.col("name") == "close", pl.col("arg0") >= FIRST_FD)
+    calls = table(recording, "syscalls").filter(
+        pl.col("name") == "close", pl.col("arg0") >= FIRST_FD
+    )
     numbers: list[int] = (calls.sort("start_ns")["arg0"].cast(pl.Int64) - FIRST_FD).to_list()
     assert numbers == sorted(set(numbers))
     return numbers

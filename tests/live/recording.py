@@ -155,7 +155,16 @@ def scope_ebpf_command(
     path: Path, *arguments: object, environment: Mapping[str, str] | None = None, **options: Any
 ) -> Iterator[Session]:
     """Run `scope-ebpf ARGUMENTS`, which record to `path`; go on when the probes are at work."""
-    command = [str(COMMAND), *(str(argument) for argument in arguments)]
+    with recorder(path, COMMAND, *arguments, environment=environment, **options) as session:
+        yield session
+
+
+@contextmanager
+def recorder(
+    path: Path, *arguments: object, environment: Mapping[str, str] | None = None, **options: Any
+) -> Iterator[Session]:
+    """Run a program that records to `path`; go on when it says that the probes are at work."""
+    command = [str(argument) for argument in arguments]
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

@@ -96,7 +96,7 @@ def test_what_is_no_process_id(folder, pid):
 def test_a_target_that_ends_between_look_up_and_attach(folder):
     """The recorder is stopped when it has looked it up: it has made its directory then."""
     with Counter(1) as target, attach(folder, target.pid) as recorder:
-        wait_until(lambda: (folder / "test.scope").exists())
+        wait_until((folder / "test.scope").exists)
         recorder.process.send_signal(signal.SIGSTOP)
         held = bool(recorder.links())
         target.process.kill()
@@ -113,7 +113,7 @@ def test_a_target_that_ends_between_look_up_and_attach(folder):
 def test_an_id_that_another_process_has_by_the_time(folder):
     """The same, and the id is used again at once."""
     with Counter(1) as target, attach(folder, target.pid) as recorder:
-        wait_until(lambda: (folder / "test.scope").exists())
+        wait_until((folder / "test.scope").exists)
         recorder.process.send_signal(signal.SIGSTOP)
         held = bool(recorder.links())
         target.process.kill()
@@ -128,12 +128,14 @@ def test_an_id_that_another_process_has_by_the_time(folder):
                 sentence = recorder.refused()
             finally:
                 other.kill()
-    assert sentence.startswith(f"cannot attach to process {target.pid}: it has ended meanwhile, and")
+    assert sentence.startswith(
+        f"cannot attach to process {target.pid}: it has ended meanwhile, and"
+    )
     assert nothing_left(folder)
 
 
 def process_with_id(pid: int) -> subprocess.Popen[bytes]:
-    """A process with that free id: the kernel gives out the one after ns_last_pid, if it is free."""
+    """A process with that free id: the kernel gives out the first free one after ns_last_pid."""
     file = Path("/proc/sys/kernel/ns_last_pid")
     for _ in range(200):
         try:
@@ -150,9 +152,13 @@ def process_with_id(pid: int) -> subprocess.Popen[bytes]:
 
 
 def test_a_thread(folder):
-    code = "import threading, time; t = threading.Thread(target=time.sleep, args=(60,), daemon=True)"
+    code = (
+        "import threading, time; t = threading.Thread(target=time.sleep, args=(60,), daemon=True)"
+    )
     code += "; t.start(); print(t.native_id, flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stdout is not None
             tid = int(process.stdout.readline())
@@ -257,7 +263,9 @@ def test_what_exists_is_not_overwritten(folder, target, kind):
         path.symlink_to("/" if kind == "link" else "nowhere")
     with attach(folder, target.pid) as recorder:
         sentence = recorder.refused()
-    assert sentence.startswith("will not overwrite test.scope: it exists; choose another name with -o")
+    assert sentence.startswith(
+        "will not overwrite test.scope: it exists; choose another name with -o"
+    )
     assert [entry.name for entry in folder.iterdir()] == ["test.scope"]
     assert path.is_symlink() == (kind in ("link", "dangling"))
     assert kind != "file" or path.read_text() == "mine"
@@ -275,7 +283,10 @@ def test_what_exists_is_not_overwritten(folder, target, kind):
 def test_places_where_nothing_can_be(folder, target, name, cause):
     (folder / "file").write_text("")
     with Recorder(folder, "attach", "--pid", target.pid, "-o", name) as recorder:
-        assert recorder.refused() == f"cannot create {name}.scope: {cause}; choose another place with -o"
+        assert (
+            recorder.refused()
+            == f"cannot create {name}.scope: {cause}; choose another place with -o"
+        )
     assert [entry.name for entry in folder.iterdir()] == ["file"]
 
 
@@ -314,7 +325,7 @@ def mounted():
 
 def test_a_directory_of_somebody_else(folder, target):
     prefix = with_capabilities(NEEDED)
-    os.chmod(folder, 0o755)
+    os.chmod(folder, 0o755)  # noqa: S103 - to be looked into, not written to
     with attach(folder, target.pid, prefix=prefix) as recorder:
         assert recorder.refused() == (
             "cannot create test.scope: Permission denied; choose another place with -o"

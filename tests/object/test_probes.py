@@ -88,7 +88,9 @@ def test_no_holes(btf, name):
         assert offset == at, field
         at += kind.itemsize
     assert at == dtype.itemsize
-    assert at % 8 == 0  # slots in an array, and records one behind the other in an iterator's output
+    assert (
+        at % 8 == 0
+    )  # slots in an array, and records one behind the other in an iterator's output
 
 
 @pytest.mark.parametrize("name", HOT)
@@ -193,8 +195,10 @@ def look(data: bytes) -> None:
         try:
             damaged.record_dtype(name)
         except FormatError as error:
-            assert "\n" not in str(error)
+            text = str(error)
+            assert "\n" not in text
     try:
         damaged.variables()
     except FormatError as error:
-        assert "\n" not in str(error)
+        text = str(error)
+        assert "\n" not in text

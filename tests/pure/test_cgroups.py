@@ -23,7 +23,7 @@ def mounts(folder: Path, *lines: bytes) -> Path:
 
 
 def escaped(path: bytes) -> bytes:
-    """As the kernel writes a mount point: seq_path() with these to be escaped (fs/proc_namespace.c)."""
+    """As the kernel writes a mount point: these are escaped (fs/proc_namespace.c)."""
     return b"".join(b"\\%03o" % byte if byte in b" \t\n\\#" else bytes([byte]) for byte in path)
 
 
@@ -37,7 +37,9 @@ def hierarchy(tmp_path, monkeypatch):
     (tmp_path / "outside").mkdir()
     line = b"none " + escaped(os.fsencode(root)) + b" cgroup2 rw 0 0"
     monkeypatch.setattr(
-        cgroups, "mount_point", lambda: mount_point(mounts(tmp_path, b"proc /proc proc rw 0 0", line))
+        cgroups,
+        "mount_point",
+        lambda: mount_point(mounts(tmp_path, b"proc /proc proc rw 0 0", line)),
     )
     monkeypatch.chdir(tmp_path)
     return root
@@ -65,7 +67,10 @@ def test_any_mount_point(tmp_path, name):
     assert mount_point(file) == Path(os.fsdecode(path))
 
 
-@given(st.binary(max_size=100) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "replace")))
+@given(
+    st.binary(max_size=100)
+    | st.text(max_size=100).map(lambda text: text.encode("utf-8", "replace"))
+)
 @example(b"a \\ cgroup2")
 @example(b"a \\x cgroup2")
 @example(b"a \\u12 cgroup2")
@@ -87,7 +92,17 @@ def test_resolve(hierarchy):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "..", "outside", "/outside", "/a/cgroup.procs", "a/none", "../outside", "x" * 5000, "/a\0b"],
+    [
+        "",
+        "..",
+        "outside",
+        "/outside",
+        "/a/cgroup.procs",
+        "a/none",
+        "../outside",
+        "x" * 5000,
+        "/a\0b",
+    ],
 )
 def test_resolve_nothing_else(hierarchy, name):
     """Least of all the root for an empty name: that would record the whole host."""

@@ -1,4 +1,4 @@
-"""ELF objects that are whole, cut off, or full of errors: a result or a FormatError, nothing else."""
+"""ELF objects that are whole, cut off, or full of errors: a result or a FormatError."""
 
 from __future__ import annotations
 

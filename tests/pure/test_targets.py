@@ -34,7 +34,8 @@ WITHOUT_LEADER = """
 import ctypes, os, threading, time
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 print("ready", flush=True)
-ctypes.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)  # exit of this thread only
+exit_this_thread = 60 if os.uname().machine == "x86_64" else 93
+ctypes.CDLL(None).syscall(exit_this_thread, 0)
 """
 
 
@@ -91,7 +92,8 @@ def test_any_text(text):
     try:
         comm, fields = parse_stat(text)
     except FormatError as error:
-        assert "\n" not in str(error)
+        sentence = str(error)
+        assert "\n" not in sentence
     else:
         assert f"({comm})" in text
         assert fields
@@ -207,16 +209,18 @@ def test_another_pid_namespace(monkeypatch):
 
 def test_live_processes(sleeper):
     before = len(os.listdir("/proc/self/fd"))
-    with subprocess.Popen(["sleep", "60"]) as other:
-        with LiveProcesses((sleeper.pid, other.pid)) as live:
-            assert live.any()
-            other.kill()
-            other.wait()
-            assert live.any()
-            sleeper.send_signal(signal.SIGSTOP)  # a stopped one has not ended
-            assert live.any()
-            sleeper.kill()
-            wait_until(lambda: not live.any())  # a zombie has
+    with (
+        subprocess.Popen(["sleep", "60"]) as other,
+        LiveProcesses((sleeper.pid, other.pid)) as live,
+    ):
+        assert live.any()
+        other.kill()
+        other.wait()
+        assert live.any()
+        sleeper.send_signal(signal.SIGSTOP)  # a stopped one has not ended
+        assert live.any()
+        sleeper.kill()
+        wait_until(lambda: not live.any())  # a zombie has
     assert len(os.listdir("/proc/self/fd")) == before
 
 

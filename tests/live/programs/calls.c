@@ -20,6 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -382,20 +383,28 @@ static void busy(void)
 	tell(text);
 }
 
-/* As fast as it can: so many calls on each of two CPUs; payloads, too. */
+/* Events of every kind, so many of each in two threads: calls, messages that are turns, sleeps, children. */
 static void *bursts(void *number)
 {
-	int opened[2];
+	int ends[2];
 	char byte = 1;
 
-	if (pipe(opened))
+	if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends))
 		exit(2);
 	for (long i = 0; i < (long)number; i++) {
 		syscall(SYS_getppid, 60, i, ~i);
-		if (write(opened[1], &byte, 1) != 1 || read(opened[0], &byte, 1) != 1)
-			exit(3);
-		if (i % 100 == 0)
-			usleep(100);
+		for (int end = 0; end < 2; end++)
+			if (write(ends[end], &byte, 1) != 1 || read(ends[!end], &byte, 1) != 1)
+				exit(3);
+		if (i % 10 == 0)
+			usleep(10);
+		if (i % 20 == 0) {
+			pid_t child = fork();
+
+			if (!child)
+				_exit(0);
+			waitpid(child, NULL, 0);
+		}
 	}
 	return NULL;
 }
@@ -407,6 +416,12 @@ static void burst(long number)
 	gate();
 	for (int i = 0; i < 2; i++)
 		pthread_create(&made[i], NULL, bursts, (void *)number);
+	for (int i = 0; i < 2; i++)
+		pthread_join(made[i], NULL);
+	tell("{}\n");
+	gate();
+	for (int i = 0; i < 2; i++)
+		pthread_create(&made[i], NULL, bursts, (void *)100L);
 	for (int i = 0; i < 2; i++)
 		pthread_join(made[i], NULL);
 	tell("{}\n");
