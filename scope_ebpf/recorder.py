@@ -210,7 +210,7 @@ class Recorder:
     ) -> None:
         """The main thread's loop, and the end of the capture."""
         began = time.monotonic()
-        lost = capture.lost()
+        lost = np.zeros_like(capture.lost())  # not what it is now: that was lost since the attaching
         pending = Drained(marked=[marked], since_ns=time.monotonic_ns())
         next_segment, next_status = began, began + STATUS_SECONDS
         interval, marks = POLL_SECONDS[0], 0

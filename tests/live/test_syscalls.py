@@ -30,7 +30,7 @@ def calls(tmp_path_factory):
 def record(calls: Path, directory: Path, *arguments: object, **more: Any) -> Session:
     """Record one run of the program with these arguments; options after `options=`."""
     with (
-        Target(calls, *(str(argument) for argument in arguments)) as target,
+        Target(calls, *arguments) as target,
         attached(directory, target, *more.get("options", ())) as session,
     ):
         session.note = target.work()

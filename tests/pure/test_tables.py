@@ -225,8 +225,8 @@ def give(payloads, *runs):
 @settings(deadline=None)
 def test_each_payload_to_its_message(heads, first):
     payloads = Payloads()
-    slots = [payload(index, head) for index, head in enumerate(heads, start=first)]
-    assert give(payloads, (0, 0, np.concatenate(slots))) == {}
+    waiting = [payload(index, head) for index, head in enumerate(heads, start=first)]
+    assert give(payloads, (0, 0, np.concatenate(waiting))) == {}
     slots = np.concatenate([flagged(number) for number in range(len(heads))])
     frames = hot((0, first, slots), payloads=payloads)
     assert payloads_of(frames) == dict(enumerate(heads))
@@ -350,8 +350,10 @@ def test_what_ran_before_has_its_whole_command_line():
 @given(st.lists(st.binary(max_size=30).map(lambda data: data.replace(b"\0", b"")), min_size=1))
 def test_command_lines_can_be_split_again(parts):
     line = command_line(b"".join(part + b"\0" for part in parts))
-    assert line is not None
-    found = shlex.split(line)
+    while parts and not parts[-1]:
+        parts = parts[:-1]  # zeros that are left of a longer title
+    assert (line is None) == (not parts)
+    found = shlex.split(line or "")
     assert found == [part.decode(errors="backslashreplace") for part in parts]
 
 

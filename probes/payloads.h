@@ -1,0 +1,111 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Payload heads: the first bytes of a message, into a wide slot of the same CPU.
+ *
+ * Sees:   up to payload_limit bytes, from the buffer or the first MAX_VECTORS pieces of the call in flight.
+ * Misses: bytes that are not in memory at the moment (nothing may wait here), and those of sendfile and
+ *         splice, which were never in the process's memory.
+ * Costs:  one copy per turn of a connection, two where the bytes are in pieces.
+ */
+#ifndef SCOPE_PAYLOADS_H
+#define SCOPE_PAYLOADS_H
+
+#include "state.h"
+
+enum {
+	MAX_VECTORS = 8,
+};
+
+/*
+ * Where the pieces of a payload are put together, per CPU: two payload_limits long (set by user space),
+ * so that the verifier can see that no piece runs over the end.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, 64);
+} gathered SEC(".maps");
+
+/* Copies the head of what moved behind the header of a wide slot; returns how many bytes. */
+static __always_inline __u32 copy_buffer(struct payload *payload, __u64 base, __u32 length)
+{
+	if (length > payload_limit)
+		length = payload_limit;
+	/* not in memory now: nothing is copied, and the record says so */
+	return bpf_probe_read_user(payload + 1, length, (void *)base) ? 0 : length;
+}
+
+/* Likewise from up to MAX_VECTORS pieces. */
+static __always_inline __u32 copy_vectors(struct payload *payload, __u64 vectors, __u64 count, __u32 length)
+{
+	__u32 copied = 0, part, i, cpu = bpf_get_smp_processor_id();
+	char *bytes = bpf_map_lookup_elem(&gathered, &cpu);
+	struct user_iovec piece;
+
+	if (!bytes)
+		return 0;
+	if (length > payload_limit)
+		length = payload_limit;
+	for (i = 0; i < MAX_VECTORS && i < count && copied < length; i++) {
+		if (copied >= payload_limit ||
+		    bpf_probe_read_user(&piece, sizeof(piece), (void *)(vectors + i * sizeof(piece))))
+			break;
+		part = piece.length < payload_limit ? piece.length : payload_limit;
+		if (bpf_probe_read_user(bytes + copied, part, (void *)piece.base))
+			break; /* what is copied so far is right */
+		copied += part;
+	}
+	if (copied > length)
+		copied = length;
+	if (copied > payload_limit)
+		copied = payload_limit;
+	return bpf_probe_read_kernel(payload + 1, copied, bytes) ? 0 : copied;
+}
+
+/* Where the bytes of a call lie, from its arguments. */
+static __always_inline void find_payload(struct flight *flight, __u8 shape, __u64 *vectors, __u64 *count,
+					 __u64 *base)
+{
+	struct user_msghdr header = {};
+
+	*vectors = *count = *base = 0;
+	if (shape == MESSAGE_BUFFER) {
+		*base = flight->arg1;
+	} else if (shape == MESSAGE_VECTOR) {
+		*vectors = flight->arg1;
+		*count = flight->arg2;
+	} else if (shape == MESSAGE_HEADER || shape == MESSAGE_HEADERS) {
+		/* the first message of several; both layouts begin with the msghdr */
+		if (!bpf_probe_read_user(&header, sizeof(header), (void *)flight->arg1)) {
+			*vectors = header.iov;
+			*count = header.iov_count;
+		}
+	}
+}
+
+__noinline int write_payload(struct cpu_state *cpu, __u64 hot_index, __u32 length, __u8 shape)
+{
+	__u64 vectors, count, base, index;
+	struct payload *payload;
+
+	if (!cpu)
+		return false;
+	find_payload(&cpu->flight, shape, &vectors, &count, &base);
+	if (!vectors && !base)
+		return false; /* sendfile and splice: the bytes were never in the process's memory */
+	payload = wide_reserve(cpu, &index, wide_slots / 8);
+	if (!payload) {
+		count_loss(cpu, LOSS_PAYLOADS);
+		return false;
+	}
+	payload->kind = RECORD_PAYLOAD;
+	payload->flags = 0;
+	payload->hot_index = hot_index;
+	payload->length_bytes = base ? copy_buffer(payload, base, length)
+				     : copy_vectors(payload, vectors, count, length);
+	commit(&payload->sequence, index);
+	return true;
+}
+
+#endif
