@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -31,7 +32,13 @@ class Made:
 
 
 def compile_target(directory: Path) -> Path:
-    """Compile getppid.c into a directory."""
+    """Compile getppid.c into a directory.
+
+    Raises:
+        RuntimeError: there is no compiler.
+    """
+    if shutil.which("gcc") is None:
+        raise RuntimeError("cannot compile getppid.c: gcc is missing; apt install gcc libc6-dev")
     program = directory / "getppid"
     subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-o", program, SOURCE], check=True)
     return program

@@ -17,6 +17,7 @@ from scope_ebpf.loaders.btf import Btf
 from scope_ebpf.loaders.elf import ElfObject
 
 LOG_LINES = 400
+LIBBPF_DEBUG = 2  # enum libbpf_print_level
 LOG_BYTES = 1 << 20  # libbpf hands over the whole log of the verifier at once
 PRINT_CALLBACK = c.CFUNCTYPE(c.c_int, c.c_int, c.c_char_p, c.c_void_p)
 CAUSES = {
@@ -85,7 +86,9 @@ class _Library:
         self._callback = PRINT_CALLBACK(self._print)
         self.set_print(self._callback)
 
-    def _print(self, _level: int, template: bytes, arguments: int) -> int:
+    def _print(self, level: int, template: bytes, arguments: int) -> int:
+        if level == LIBBPF_DEBUG:
+            return 0  # thousands of lines per object; what explains a failure is a warning
         buffer = c.create_string_buffer(LOG_BYTES)
         self._libc.vsnprintf(
             buffer, c.c_size_t(LOG_BYTES), c.c_char_p(template), c.c_void_p(arguments)

@@ -133,7 +133,10 @@ typedef struct {
 struct signal_struct {
 	atomic_t live;
 	int group_exit_code;
+	unsigned int flags;
 } KERNEL_TYPE;
+
+enum { SIGNAL_GROUP_EXIT = 4 }; /* include/linux/sched/signal.h: group_exit_code holds */
 
 /* Any struct that begins with 64 bits serves to load a word from an address. */
 struct timespec64 {
@@ -156,6 +159,7 @@ struct task_struct {
 	int on_cpu;
 	unsigned int cpu; /* before 5.16 without THREAD_INFO_IN_TASK; see task_cpu() */
 	struct mm_struct *mm;
+	int exit_state; /* not 0: it has ended, and waits for its parent */
 	int exit_code;
 	__u32 pid;
 	__u32 tgid;

@@ -110,6 +110,28 @@ int BPF_PROG(on_exec, struct task_struct *task, int old_tid, struct linux_binprm
 	return 0;
 }
 
+/*
+ * Whether this is the end of the process. do_exit() has counted this thread off already; of threads that
+ * did so in the same instant each finds that none is left, and the first one here tells it.
+ */
+static __always_inline bool ends_process(struct task_struct *task)
+{
+	struct task_record *leader;
+
+	if (task->signal->live.counter)
+		return false;
+	leader = record_of(task->group_leader);
+	return !leader || !__sync_lock_test_and_set(&leader->ended, 1);
+}
+
+/* What the parent gets from wait: as wait_task_zombie() finds it. */
+static __always_inline int wait_status(struct task_struct *task)
+{
+	if (task->signal->flags & SIGNAL_GROUP_EXIT)
+		return task->signal->group_exit_code;
+	return task->group_leader->exit_code;
+}
+
 SEC("tp_btf/sched_process_exit")
 int BPF_PROG(on_exit, struct task_struct *task)
 {
@@ -127,12 +149,11 @@ int BPF_PROG(on_exit, struct task_struct *task)
 				   STATUS_NO_RETURN);
 		cpu->in_flight = 0;
 	}
-	/* do_exit() has counted this thread off already */
-	last = task->signal->live.counter == 0;
+	last = ends_process(task);
 	process = process_reserve(cpu, task, last ? PROCESS_EXIT : PROCESS_THREAD_EXIT, &index);
 	if (!process)
 		return 0;
-	process->exit_code = task->exit_code;
+	process->exit_code = last ? wait_status(task) : task->exit_code;
 	commit(&process->sequence, index);
 	return 0;
 }
@@ -249,7 +270,7 @@ int on_list_open(struct bpf_iter__task *ctx)
 	if (!task)
 		return 0;
 	record = record_of(task);
-	if (!record || record->phase == PHASE_DORMANT)
+	if (!record || record->phase == PHASE_DORMANT || task->exit_state)
 		return 0;
 	now = bpf_ktime_get_ns();
 	if (record->in_flight) {

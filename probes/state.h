@@ -69,7 +69,8 @@ struct task_record {
 	__u8 phase;
 	__u8 in_flight;
 	__u8 left_status; /* call_status of the interval */
-	__u8 reserved[7];
+	__u8 reserved[3];
+	__u32 ended; /* of a process's first thread: the end of the process was told */
 };
 
 struct {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -133,7 +134,7 @@ def test_recorder_that_is_stopped_for_a_while(calls, tmp_path):
     small_path = tmp_path / "small.scope"
     with (
         Target(calls, "burst", BURST) as target,
-        attached(tmp_path, target) as large,
+        attached(tmp_path, target, "--payload-bytes", 0) as large,
         recorder(
             small_path, sys.executable, PROGRAMS / "tiny_recorder.py", target.pid, small_path
         ) as small,
@@ -144,7 +145,13 @@ def test_recorder_that_is_stopped_for_a_while(calls, tmp_path):
         small.process.send_signal(signal.SIGCONT)
         # it goes on: the end is recorded again
         target.wait_at_gate()
-        target.work()
+        while not any((small_path / "losses").glob("*.parquet")):
+            time.sleep(0.01)
+        target.open_gate()
+        target.note()
+        # it has ended, but its parent does not wait for it before the recorders have stopped
+        small.wait()
+        large.wait()
     assert large.table("losses").is_empty()
     losses = small.table("losses")
     by_table = dict(losses.group_by("table").agg(pl.col("lost").sum()).iter_rows())
@@ -164,3 +171,5 @@ def test_recorder_that_is_stopped_for_a_while(calls, tmp_path):
             own = small.table(table).filter(cpu=cpu[0])
             assert len(own) + lost.get(cpu[0], 0) == len(rows)
     assert small.table("syscalls")["start_ns"].max() > losses["time_ns"].max()
+    for session in (small, large):
+        assert session.table("offcpu").filter(status="open").is_empty(), "of a process that ended"
