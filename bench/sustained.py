@@ -101,7 +101,7 @@ def sustain_perf(setting: Setting, section: Section, seconds: int) -> None:
     data = setting.path("sustained.data")
     calls = RATE * seconds
     with setting.getppid() as target:
-        tracer = tracers.perf_record([target.pid], data, cpus=setting.other_cpus)
+        tracer = tracers.perf_record([target.pid], data)
         with tracer:
             before = tracer.use_now()
             made = target.make(calls, batch=BATCH, rate=RATE)

@@ -206,10 +206,11 @@ def complete_meta(recording: Path) -> dict[str, Any]:
     Raises:
         RuntimeError: it did not.
     """
-    meta: dict[str, Any] = json.loads((recording / "meta.json").read_text())
+    file = recording / "meta.json"
+    meta: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"complete": False}
     if not meta["complete"]:
         log = recording.with_suffix(".log").read_text().strip()
-        raise RuntimeError(f"{recording.name} is not complete: {meta['notes']}: {log[-500:]}")
+        raise RuntimeError(f"{recording.name} is not complete: {log[-500:]}")
     return meta
 
 

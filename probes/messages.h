@@ -38,11 +38,12 @@ static __always_inline __u64 advance(struct target_end *end, struct endpoint *kn
 				     bool receive, bool peek, __u32 length, __u64 start_ns)
 {
 	__u64 measured_ns = receive ? known->received_measured_ns : known->sent_measured_ns;
+	void *tcp = (void *)end->key; /* READ_FIELD's address must not look like a kernel's field itself */
 
 	if (known->kind == ENDPOINT_TCP) {
 		if (receive)
 			return (__u32)(tcp_received(end->key) + (peek ? length : 0));
-		return READ_FIELD(struct tcp_sock, (void *)end->key, write_seq);
+		return READ_FIELD(struct tcp_sock, tcp, write_seq);
 	}
 	if (peek)
 		return known->received + length;

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scope_ebpf.errors import TargetError
 from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions
 from scope_ebpf.loaders.ring import Records
-from scope_ebpf.loaders.targets import LiveProcesses, Target, check_same
+from scope_ebpf.loaders.targets import LiveProcesses, Target, check_same, command_line
 
 if TYPE_CHECKING:  # it imports polars, which takes 0.15 s: that is done while events already arrive
     from scope_ebpf.recording.store import Store
@@ -72,17 +72,40 @@ class Status:
     cpu_percent: float
 
 
+@dataclass(frozen=True)
+class Marked:
+    """Threads that were taken up while they ran, and the command lines of those that begin a process.
+
+    The command lines are read at once: some of the processes are gone when the writer comes to them.
+    """
+
+    time_ns: int
+    tasks: Records
+    command_lines: dict[int, bytes]
+
+
 @dataclass
 class Drained:
     """What goes to the writer at once."""
 
     hot: list[tuple[int, int, Records]] = field(default_factory=list)
     wide: list[tuple[int, int, Records]] = field(default_factory=list)
-    marked: list[Records] = field(default_factory=list)
+    marked: list[Marked] = field(default_factory=list)
     # lost events by CPU and loss kind, since the batch before; and when that was
     lost: NDArray[np.uint64] | None = None
     since_ns: int = 0
     slots: int = 0
+
+    def mark(self, tasks: Records, time_ns: int) -> None:
+        """Take records of threads that were marked at that time, without those marked before."""
+        fresh = tasks[tasks["seen_before"] == 0]
+        if len(fresh):
+            leaders = fresh["tgid"][fresh["tgid"] == fresh["tid"]].tolist()
+            # a process that rewrote its title leaves zeros behind it
+            lines = {tgid: command_line(tgid).rstrip(b"\0") for tgid in leaders}
+            self.marked.append(
+                Marked(time_ns, fresh, {tgid: line + b"\0" for tgid, line in lines.items() if line})
+            )
 
     def add(self, batch: Batch) -> None:
         """Take one round of draining."""
@@ -184,6 +207,8 @@ class Recorder:
                 )
             if self.plan.options.after_exec:
                 marked = marked[:0]  # they are not recorded yet
+            first = Drained(since_ns=started_ns)
+            first.mark(marked, started_ns)
             self._on_attached()
             use = Use()
             writer = threading.Thread(
@@ -191,7 +216,7 @@ class Recorder:
             )
             writer.start()
             try:
-                self._drain(capture, live, marked, use, on_status)
+                self._drain(capture, live, first, use, on_status)
             except BaseException as error:
                 self._fail(error)
             finally:
@@ -204,14 +229,15 @@ class Recorder:
         self,
         capture: Capture,
         live: LiveProcesses,
-        marked: Records,
+        pending: Drained,
         use: Use,
         on_status: Callable[[Status], None] | None,
     ) -> None:
         """The main thread's loop, and the end of the capture."""
         began = time.monotonic()
-        lost = np.zeros_like(capture.lost())  # not what it is now: that was lost since the attaching
-        pending = Drained(marked=[marked], since_ns=time.monotonic_ns())
+        lost = np.zeros_like(
+            capture.lost()
+        )  # not what it is now: that was lost since the attaching
         next_segment, next_status = began, began + STATUS_SECONDS
         interval, marks = POLL_SECONDS[0], 0
         while not self._stopping:
@@ -224,7 +250,7 @@ class Recorder:
             now = time.monotonic()
             if capture.marks_wanted() != marks:
                 marks = capture.marks_wanted()
-                pending.marked.append(capture.mark_tasks())
+                pending.mark(capture.mark_tasks(), time.monotonic_ns())
             if now >= next_segment or pending.slots >= SEGMENT_SLOTS:
                 pending, lost = self._hand_over(capture, pending, lost)
                 next_segment = now + SEGMENT_SECONDS

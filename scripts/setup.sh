@@ -92,6 +92,8 @@ look_for_everything() {
         want python3-venv
         want python3-bpfcc
     fi
+    # For the live tests and the benchmarks, whose workloads are in C.
+    has_command gcc || want gcc+libc6-dev
     # For the demo and the live tests, which start their own private servers.
     has_initdb || want postgresql
     has_command redis-server || want redis-server

@@ -12,9 +12,7 @@ from scope_ebpf import records
 from scope_ebpf.errors import RecordingError
 from scope_ebpf.loaders import host
 from scope_ebpf.loaders.cgroups import CgroupPaths
-from scope_ebpf.loaders.ring import Records
-from scope_ebpf.loaders.targets import command_line
-from scope_ebpf.recorder import Drained, Plan, Use
+from scope_ebpf.recorder import Drained, Marked, Plan, Use
 from scope_ebpf.recording.meta import Clock, Host, Meta, RecorderUse, Target
 from scope_ebpf.recording.tables import (
     Payloads,
@@ -47,7 +45,6 @@ class Store:
         Raises:
             RecordingError: its directory cannot be written to.
         """
-        self._started_ns = started_ns
         self._use = use
         self._payloads = Payloads()
         self._cgroups = CgroupPaths()
@@ -135,21 +132,18 @@ class Store:
             peak_rss_bytes=self._use.peak_rss_bytes(),
         )
 
-    def _alive_rows(self, marked: list[Records]) -> list[dict[str, Any]]:
+    def _alive_rows(self, marked: list[Marked]) -> list[dict[str, Any]]:
         """Rows of processes for threads that ran when they were taken up."""
         rows = []
         for run in marked:
-            for task in run:
-                if task["seen_before"]:
-                    continue
-                tgid, tid = int(task["tgid"]), int(task["tid"])
-                # a process that rewrote its title leaves zeros behind it
-                arguments = command_line(tgid).rstrip(b"\0") if tgid == tid else b""
+            for task in run.tasks:
                 record = np.zeros((), records.PROCESS)
                 for name in ("tgid", "tid", "parent_tgid", "cgroup", "start_boottime_ns", "comm"):
                     record[name] = task[name]
-                record["time_ns"] = self._started_ns
+                record["time_ns"] = run.time_ns
                 record["event"] = records.ProcessEvent.PROCESS_ALIVE
+                # a thread that is not the first one has none
+                arguments = run.command_lines.get(int(task["tid"]), b"")
                 rows.append(process_row(record, self._cgroups.path, arguments))
         return rows
 

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from scope_ebpf import records
+from scope_ebpf.loaders.targets import split_arguments
 from scope_ebpf.recording.connections import connections_frame
 from scope_ebpf.recording.schema import SCHEMAS, frame
 from scope_ebpf.records import ProcessEvent, RecordFlags, RecordKind, RecordLimits
@@ -99,68 +101,78 @@ def offcpu_frame(slots: Records, cpus: NDArray[np.uint16]) -> pl.DataFrame:
     )
 
 
+@dataclass
+class _Heads:
+    """Payload heads of one run of slots: what is known of each, and where its bytes are."""
+
+    owners: NDArray[np.uint64]
+    lengths: NDArray[np.int64]
+    rows: NDArray[np.intp]  # in `raw`
+    raw: NDArray[np.uint8]  # the run's slots, not copied
+
+    def of(self, chosen: NDArray[np.bool_]) -> "_Heads":
+        """Some of them."""
+        return _Heads(self.owners[chosen], self.lengths[chosen], self.rows[chosen], self.raw)
+
+
 class Payloads:
     """Payload heads that wait for their messages; both come from the same CPU's rings."""
 
     def __init__(self) -> None:
         """Nothing waits."""
-        self._waiting: dict[int, list[Records]] = {}
+        self._waiting: dict[int, list[_Heads]] = {}
 
     def add(self, cpu: int, slots: Records) -> None:
-        """Take the payload slots of one CPU, in the order of the ring."""
-        if len(slots):
-            self._waiting.setdefault(cpu, []).append(slots)
+        """Take the payloads among a CPU's wide slots, in the order of the ring."""
+        rows = np.flatnonzero(slots["kind"] == RecordKind.RECORD_PAYLOAD)
+        if not len(rows):
+            return
+        raw = slots.view(np.uint8).reshape(len(slots), slots.dtype.itemsize)
+        heads = raw[:, : records.PAYLOAD.itemsize].view(records.PAYLOAD)[rows, 0]
+        lengths = heads["length_bytes"].astype(np.int64)
+        self._waiting.setdefault(cpu, []).append(_Heads(heads["hot_index"], lengths, rows, raw))
 
     def take(
         self, cpus: NDArray[np.uint16], indices: NDArray[np.uint64], flags: NDArray[np.uint8]
     ) -> pl.Series:
         """The payload of each message, or null: a Binary series as long as the arguments."""
-        rows: list[NDArray[np.intp]] = []
-        slots: list[Records] = []
         flagged = np.flatnonzero(flags & RecordFlags.FLAG_PAYLOAD)
+        places = np.full(len(cpus), -1, np.int64)
+        taken: list[pl.Series] = []
+        count = 0
         for cpu in list(self._waiting):
             mine = flagged[cpus[flagged] == cpu]
-            waiting = np.concatenate(self._waiting.pop(cpu))
-            head = waiting.view(np.uint8).reshape(len(waiting), -1)
-            owners = (
-                np.ascontiguousarray(head[:, : records.PAYLOAD.itemsize])
-                .view(records.PAYLOAD)["hot_index"]
-                .ravel()
-            )
-            found = np.isin(owners, indices[mine])
-            if not found.all():
-                # their messages were drained after them: they come with the next ones
-                drained = indices[cpus == cpu]
-                later = ~found if not len(drained) else ~found & (owners > drained.max())
-                self.add(cpu, waiting[later])
-            order = np.argsort(indices[mine])
-            at = np.searchsorted(indices[mine][order], owners[found])
-            rows.append(mine[order][at])
-            slots.append(waiting[found])
-        places = np.full(len(cpus), -1, np.int64)
-        if not rows or not sum(map(len, rows)):
+            mine = mine[np.argsort(indices[mine])]
+            wanted, drained = indices[mine], indices[cpus == cpu]
+            for heads in self._waiting.pop(cpu):
+                at = np.searchsorted(wanted, heads.owners)
+                found = at < len(wanted)
+                found[found] = wanted[at[found]] == heads.owners[found]
+                if not found.all():
+                    # their messages were drained after them: they come with the next ones
+                    later = ~found if not len(drained) else ~found & (heads.owners > drained.max())
+                    if later.any():
+                        self._waiting.setdefault(cpu, []).append(heads.of(later))
+                if found.any():
+                    at = at[found]
+                    places[mine[at]] = np.arange(count, count + len(at))
+                    taken.append(_bytes_of(heads.of(found)))
+                    count += len(at)
+        if not taken:
             return pl.Series("payload", [None], dtype=pl.Binary).new_from_index(0, len(cpus))
-        places[np.concatenate(rows)] = np.arange(sum(map(len, rows)))
-        heads = np.concatenate(slots)
-        raw = heads.view(np.uint8).reshape(len(heads), -1)
-        lengths = np.ascontiguousarray(raw[:, : records.PAYLOAD.itemsize]).view(records.PAYLOAD)
-        lengths = lengths["length_bytes"].ravel()
-        size = records.PAYLOAD.itemsize
-        captured = pl.DataFrame(
-            {
-                "length": pl.Series(lengths.astype(np.int64)),
-                "bytes": pl.Series(
-                    np.ascontiguousarray(raw[:, size : size + max(int(lengths.max()), 1)])
-                ),
-            }
-        ).select(
-            pl.col("bytes")
-            .arr.to_list()
-            .list.head(pl.col("length"))
-            .cast(pl.Binary)
-            .alias("payload")
-        )["payload"]
-        return captured.gather(pl.Series(places).replace(-1, None))
+        return pl.concat(taken).gather(pl.Series(places).replace(-1, None))
+
+
+def _bytes_of(heads: _Heads) -> pl.Series:
+    """The captured bytes of each payload, as Binary."""
+    begin = records.PAYLOAD.itemsize
+    longest = max(int(heads.lengths.max()), 1)
+    content = pl.Series("payload", heads.raw[heads.rows, begin : begin + longest])
+    return (
+        pl.DataFrame({"payload": content, "length": heads.lengths})
+        .select(pl.col("payload").arr.to_list().cast(pl.Binary).bin.head("length"))
+        .to_series()
+    )
 
 
 def messages_frame(
@@ -220,11 +232,8 @@ def text(data: Any) -> str:
 
 
 def command_line(data: bytes) -> str | None:
-    """Zero-ended arguments as one shell-quoted line."""
-    if not data:
-        return None
-    arguments = data.removesuffix(b"\0").split(b"\0")
-    return shlex.join(argument.decode(errors="backslashreplace") for argument in arguments)
+    """Zero-ended arguments as one shell-quoted line; None if there are none."""
+    return shlex.join(split_arguments(data)) or None
 
 
 def process_row(
@@ -264,7 +273,7 @@ def wide_frames(
     connections: list[Records] = []
     for cpu, _, slots in runs:
         kinds = slots["kind"]
-        payloads.add(cpu, slots[kinds == RecordKind.RECORD_PAYLOAD])
+        payloads.add(cpu, slots)
         for record in typed(slots[kinds == RecordKind.RECORD_PROCESS], records.PROCESS):
             processes.append(process_row(record, cgroup_path))
         connections.append(typed(slots[kinds == RecordKind.RECORD_CONNECTION], records.CONNECTION))

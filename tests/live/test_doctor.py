@@ -108,7 +108,7 @@ def needs_readable_checkout() -> None:
     """A checkout below a closed home cannot be read by nobody without CAP_DAC_READ_SEARCH."""
     code = f"import os, click, numpy; os.stat({str(OBJECT)!r})"
     if run(*with_capabilities(()), sys.executable, "-c", code).returncode != 0:
-        pytest.skip("needs a checkout and .venv that other users may read")
+        pytest.skip("optional: needs a checkout and .venv that other users may read")
 
 
 def doctor_says(*prefix: str) -> tuple[int, dict[str, bool], dict[str, dict[str, object]]]:

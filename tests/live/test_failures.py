@@ -57,7 +57,7 @@ def with_capabilities(names) -> list[str]:
     sets = [f"--{kind}={chosen}" for kind in ("inh-caps", "ambient-caps", "bounding-set")]
     plain = [*prefix, "--", sys.executable, "-c", code]
     if subprocess.run(plain, capture_output=True, check=False).returncode != 0:
-        pytest.skip("needs a checkout and .venv that other users may read")
+        pytest.skip("optional: needs a checkout and .venv that other users may read")
     return [*prefix, *sets, "--"]
 
 
@@ -103,7 +103,7 @@ def test_a_target_that_ends_between_look_up_and_attach(folder):
         target.process.wait()
         recorder.process.send_signal(signal.SIGCONT)
         if held:
-            pytest.skip("the recorder was too quick: it had attached already")
+            pytest.skip("optional: the recorder was too quick: it had attached already")
         assert recorder.refused().startswith(
             f"cannot attach to process {target.pid}: it has ended meanwhile; "
         )
@@ -123,7 +123,7 @@ def test_an_id_that_another_process_has_by_the_time(folder):
             recorder.process.send_signal(signal.SIGCONT)
             if held:
                 other.kill()
-                pytest.skip("the recorder was too quick: it had attached already")
+                pytest.skip("optional: the recorder was too quick: it had attached already")
             try:
                 sentence = recorder.refused()
             finally:
@@ -141,14 +141,14 @@ def process_with_id(pid: int) -> subprocess.Popen[bytes]:
         try:
             file.write_text(str(pid - 1))
         except OSError as error:
-            pytest.skip(f"needs to set the last process id: {error}")
+            pytest.skip(f"optional: needs to set the last process id: {error}")
         # vfork and exec at once, so that nothing of Python lies between
         process = subprocess.Popen(["sleep", "60"])
         if process.pid == pid:
             return process
         process.kill()
         process.wait()
-    pytest.skip("others were quicker each time")
+    pytest.skip("optional: others were quicker each time")
 
 
 def test_a_thread(folder):
@@ -173,7 +173,7 @@ def test_a_thread(folder):
 
 def test_a_thread_of_the_kernel(folder):
     if Path("/proc/2/comm").read_text() != "kthreadd\n":
-        pytest.skip("process 2 is not kthreadd here")
+        pytest.skip("optional: process 2 is not kthreadd here")
     with attach(folder, 2) as recorder:
         assert "kthreadd is a thread of the kernel, not a process" in recorder.refused()
     assert nothing_left(folder)
@@ -215,7 +215,7 @@ def test_control_characters_in_names_do_not_reach_the_terminal(folder):
 
 def test_another_pid_namespace(folder, target):
     if subprocess.run(["unshare", "--pid", "--fork", "true"], check=False).returncode != 0:
-        pytest.skip("needs unshare --pid")
+        pytest.skip("optional: needs unshare --pid")
     prefix = ("unshare", "--pid", "--fork", "--mount-proc")
     with attach(folder, target.pid, prefix=prefix) as recorder:
         assert "this is a container with process ids of its own" in recorder.refused()

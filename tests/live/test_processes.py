@@ -99,6 +99,24 @@ def test_ends(lives, tmp_path):
     assert own["exit_code"].to_list() == [None, 0]
 
 
+def test_each_process_ends_once(lives, tmp_path):
+    """Also when its threads end in the same instant on several CPUs."""
+    with (
+        Target(lives, "storm") as target,
+        attached(tmp_path, target, "--families", "processes") as session,
+    ):
+        target.work()
+    no_losses(session)
+    rows = session.table("processes").filter(pl.col("tgid") != target.pid)
+    born = rows.filter(event="fork")
+    ends = rows.filter(event="exit")
+    assert ends["tgid"].to_list() == born["tgid"].to_list()
+    assert ends["exit_code"].to_list() == [i & 127 for i in range(199)]
+    assert rows.filter(event="thread").height == rows.filter(event="thread_exit").height == 6 * 199
+    ended = rows.filter(pl.col("event").is_in(["exit", "thread_exit"]))
+    assert ended["tid"].n_unique() == len(ended) == 7 * 199
+
+
 def test_alive(lives, tmp_path):
     with Target(lives, "alive", "argument", "x" * 1000, "with space") as target:
         child = int(Path(f"/proc/{target.pid}/task/{target.pid}/children").read_text())

@@ -148,7 +148,7 @@ def test_exec_goes_on(calls, tmp_path, mode):
 def test_32_bit_calls_of_a_64_bit_program(calls, tmp_path):
     probe = subprocess.run([calls, "compat"], input=b"x", capture_output=True, check=False)
     if probe.returncode:
-        pytest.skip("needs a kernel that takes 32-bit system calls (CONFIG_IA32_EMULATION)")
+        pytest.skip("optional: needs a kernel that takes 32-bit system calls (CONFIG_IA32_EMULATION)")
     session = record(calls, tmp_path, "compat")
     rows = session.table("syscalls").filter(pl.col("number") >= 0x8000)
     parents = rows.filter(name="getppid")
@@ -172,9 +172,9 @@ def test_32_bit_program(tmp_path):
         ["gcc", *flags, "-o", program, source], capture_output=True, text=True, check=False
     )
     if built.returncode:
-        pytest.skip(f"needs a gcc that builds 32-bit programs: {built.stderr[-200:]}")
+        pytest.skip(f"optional: needs a gcc that builds 32-bit programs: {built.stderr[-200:]}")
     if subprocess.run([program], input=b"x", capture_output=True, check=False).returncode:
-        pytest.skip("needs a kernel that runs 32-bit programs (CONFIG_IA32_EMULATION)")
+        pytest.skip("optional: needs a kernel that runs 32-bit programs (CONFIG_IA32_EMULATION)")
     session = record(program, tmp_path)
     rows = session.table("syscalls")
     assert (rows["number"] >= 0x8000).all()

@@ -147,6 +147,32 @@ static void ends(char *program)
 	fflush(stdout);
 }
 
+static void *spins(void *unused)
+{
+	(void)unused;
+	for (;;)
+		;
+	return NULL;
+}
+
+/* Processes whose threads all run when they end, so that several end in the same instant. */
+static void storm(void)
+{
+	gate();
+	for (int i = 0; i < 199; i++) {
+		pid_t child = fork();
+
+		if (!child) {
+			start(6, spins, NULL);
+			usleep(1000);
+			_exit(i & 127);
+		}
+		waitpid(child, NULL, 0);
+	}
+	printf("{}\n");
+	fflush(stdout);
+}
+
 static void *named(void *name)
 {
 	pthread_setname_np(pthread_self(), name);
@@ -232,6 +258,8 @@ int main(int count, char **given)
 		ends(given[0]);
 	else if (!strcmp(mode, "alive"))
 		alive();
+	else if (!strcmp(mode, "storm"))
+		storm();
 	else if (!strcmp(mode, "arguments"))
 		arguments(given[0]);
 	else if (!strcmp(mode, "quits"))
