@@ -21,6 +21,9 @@ static __always_inline void write_offcpu(struct cpu_state *cpu, struct task_stru
 {
 	struct offcpu *offcpu;
 	__u64 index, runnable_since = record->left_ns;
+	/* of a call that began before the recording all is known but its real start */
+	bool in_call = record->in_flight ||
+		       (record->left_status == STATUS_BEGAN_BEFORE && record->flight.start_ns);
 
 	offcpu = hot_reserve(cpu, &index);
 	if (!offcpu) {
@@ -48,8 +51,8 @@ static __always_inline void write_offcpu(struct cpu_state *cpu, struct task_stru
 		offcpu->waker_tid = record->waker_tid;
 		offcpu->waker_number = record->waker_number;
 	}
-	offcpu->number = record->in_flight ? record->flight.number : NO_SYSCALL;
-	offcpu->syscall_start_ns = record->in_flight ? record->flight.start_ns : 0;
+	offcpu->number = in_call ? record->flight.number : NO_SYSCALL;
+	offcpu->syscall_start_ns = in_call ? record->flight.start_ns : 0;
 	commit(&offcpu->sequence, index);
 }
 

@@ -212,6 +212,17 @@ static __always_inline __u32 wanted(struct task_struct *task)
 	return 0;
 }
 
+/* The call that a sleeping thread is inside of, whose entry was not seen; start_ns stays 0 for none. */
+static __always_inline void find_call(struct task_struct *task, struct flight *flight, __u64 since)
+{
+	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
+
+	if (SYSCALL_NUMBER(regs) < 0)
+		return; /* it waits for a page */
+	take_arguments(flight, (__u64)task, regs, SYSCALL_NUMBER(regs));
+	flight->start_ns = since;
+}
+
 /* Marks every running task that is a target and writes one marked_task for it. */
 SEC("iter/task")
 int on_mark_tasks(struct bpf_iter__task *ctx)
@@ -234,6 +245,8 @@ int on_mark_tasks(struct bpf_iter__task *ctx)
 			fresh.left_ns = fresh.marked_ns;
 			fresh.left_state = task_state(task);
 			fresh.left_status = STATUS_BEGAN_BEFORE;
+			if (fresh.left_state != TASK_RUNNING)
+				find_call(task, &fresh.flight, fresh.marked_ns);
 		}
 		if (!new_record_of(task, &fresh)) {
 			struct cpu_state *cpu = this_cpu();
@@ -261,7 +274,7 @@ int on_list_open(struct bpf_iter__task *ctx)
 	struct task_record *record;
 	struct offcpu offcpu = {};
 	struct call call = {};
-	struct flight *flight = NULL, before = {};
+	struct flight *flight = NULL;
 	__u8 status = STATUS_OPEN;
 	struct cpu_state *cpu;
 	__u64 now;
@@ -275,15 +288,9 @@ int on_list_open(struct bpf_iter__task *ctx)
 	now = bpf_ktime_get_ns();
 	if (record->in_flight) {
 		flight = &record->flight;
-	} else if (record->phase == PHASE_ATTACHED && record->left_state != TASK_RUNNING) {
-		/* it has slept since before the recording, so it is inside a call */
-		struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
-
-		take_arguments(&before, (__u64)task, regs, SYSCALL_NUMBER(regs));
-		before.start_ns = record->marked_ns;
+	} else if (record->phase == PHASE_ATTACHED && record->flight.start_ns) {
+		flight = &record->flight;
 		status = STATUS_THROUGHOUT;
-		if (SYSCALL_NUMBER(regs) >= 0)
-			flight = &before;
 	} else {
 		number = task_cpu(task);
 		cpu = bpf_map_lookup_elem(&cpus, &number);

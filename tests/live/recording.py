@@ -39,7 +39,7 @@ class Target:
 
     def __init__(self, *command: object, **options: Any) -> None:
         """Start it, and wait until it is ready."""
-        self.process = subprocess.Popen(
+        self.process: subprocess.Popen[str] = subprocess.Popen(
             [str(part) for part in command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -113,11 +113,8 @@ def compiled(name: str, directory: Path, *flags: str) -> Path:
     program = directory / (name + "".join(flags))
     if not program.exists():
         source = PROGRAMS / f"{name}.c"
-        subprocess.run(
-            ["gcc", "-O1", "-g", "-Wall", "-Wextra", "-Werror", *flags, "-pthread"]
-            + ["-o", str(program), str(source)],
-            check=True,
-        )
+        always = ["-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]
+        subprocess.run(["gcc", *always, *flags, "-o", str(program), str(source)], check=True)
     return program
 
 

@@ -38,9 +38,7 @@ class Talk:
     def __init__(self, directory: Path, transport: str, session: Session) -> None:
         """Read both."""
         self.transport = transport
-        self.sides = [
-            json.loads((directory / f"notes-{name}").read_text()) for name in ("A", "B")
-        ]
+        self.sides = [json.loads((directory / f"notes-{name}").read_text()) for name in ("A", "B")]
         self.rows = session.table("messages")
         self.connections = session.table("connections")
         inodes = {note["inode"] for side in self.sides for note in side["notes"]}
@@ -76,12 +74,12 @@ class Talk:
         assert None not in found
         assert len(found) == 2
         return [
-            tuple(
-                moved.filter(pl.col("stream") == stream, pl.col("direction") == direction)
-                for direction in ("send", "receive")
+            (
+                moved.filter(pl.col("stream") == stream, direction="send"),
+                moved.filter(pl.col("stream") == stream, direction="receive"),
             )
             for stream in found
-        ]  # type: ignore[misc]
+        ]
 
     def check_tiles(self, waiting: int = 0) -> None:
         """Each end's ranges follow each other without a gap, and both cover the same bytes."""

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
 
 import scope_ebpf
@@ -112,7 +111,7 @@ def test_from_the_first_instruction(calls, tmp_path):
         names = [line.partition("(")[0] for line in trace.read_text().splitlines()]
         names = [name for name in names if not name.startswith("+++")]
         assert names[0] == "execve"
-        assert rows["name"].str.replace("^pread64$", "pread64").to_list() == names[1:]
+        assert rows["name"].to_list() == names[1:]
 
 
 @pytest.mark.parametrize("follow", [True, False])
@@ -160,7 +159,6 @@ def test_under_sudo(open_directory):
         assert (found.st_uid, found.st_gid) == (user.pw_uid, user.pw_gid), place
         assert stat.S_IMODE(found.st_mode) == (0o700 if place.is_dir() else 0o600), place
     recording = opened(path)
-    assert recording.syscalls.filter(pl.col("name") == "getuid").collect().height >= 0
     assert recording.rows("syscalls") > 100
     # giving root up happens before the exec, and is not in the recording
     names = recording.syscalls.collect()["name"].unique().to_list()

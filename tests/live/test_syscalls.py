@@ -18,7 +18,9 @@ pytestmark = pytest.mark.live
 
 MASK = 2**64 - 1
 ERRNO = {"ENOENT": 2, "EBADF": 9, "EINVAL": 22, "ENOSYS": 38}
-X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="needs x86-64, to make 32-bit calls")
+X86 = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="needs x86-64, to make 32-bit calls"
+)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,9 @@ def test_exec_goes_on(calls, tmp_path, mode):
 def test_32_bit_calls_of_a_64_bit_program(calls, tmp_path):
     probe = subprocess.run([calls, "compat"], input=b"x", capture_output=True, check=False)
     if probe.returncode:
-        pytest.skip("optional: needs a kernel that takes 32-bit system calls (CONFIG_IA32_EMULATION)")
+        pytest.skip(
+            "optional: needs a kernel that takes 32-bit system calls (CONFIG_IA32_EMULATION)"
+        )
     session = record(calls, tmp_path, "compat")
     rows = session.table("syscalls").filter(pl.col("number") >= 0x8000)
     parents = rows.filter(name="getppid")
@@ -248,7 +252,9 @@ def test_signal_handlers(calls, tmp_path):
     assert len(returns) == 211
     assert returns["status"].unique().to_list() == ["complete"]
     assert rows.filter(name="tgkill")["result"].to_list() == [0] * 211
-    assert rows["status"].value_counts().filter(pl.col("status") != "complete")["count"].to_list() == [1, 1]
+    assert rows["status"].value_counts().filter(pl.col("status") != "complete")[
+        "count"
+    ].to_list() == [1, 1]
 
 
 def test_interrupted_calls(calls, tmp_path):

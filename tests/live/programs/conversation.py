@@ -294,7 +294,7 @@ def unix(directory: Path, name: str) -> list[Descriptors]:
 
 
 def pair(kind: int) -> list[Descriptors]:
-    return [(end.detach(),) * 2 for end in socket.socketpair(socket.AF_UNIX, kind)]  # type: ignore[misc]
+    return [(end.detach(),) * 2 for end in socket.socketpair(socket.AF_UNIX, kind)]
 
 
 def pipes() -> list[Descriptors]:

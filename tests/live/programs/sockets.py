@@ -31,7 +31,9 @@ def tell(notes: Any) -> None:
 class End:
     """One end, by its descriptor; remembers what moved."""
 
-    def __init__(self, label: str, fd: int, expected: Note | None = None, exact: bool = True) -> None:
+    def __init__(
+        self, label: str, fd: int, expected: Note | None = None, exact: bool = True
+    ) -> None:
         self.label, self.fd, self.exact = label, fd, exact
         self.inode = os.fstat(fd).st_ino
         self.expected = expected or {}
@@ -60,7 +62,9 @@ class End:
         }
 
 
-def tcp_pair(family: int, address: str, target: str | None = None) -> tuple[socket.socket, socket.socket]:
+def tcp_pair(
+    family: int, address: str, target: str | None = None
+) -> tuple[socket.socket, socket.socket]:
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.bind((address, 0))
         listener.listen()
@@ -94,7 +98,9 @@ def inet_ends(label: str, kind: str, a: socket.socket, b: socket.socket) -> list
     return ends
 
 
-def unix_pair(name: str | bytes, kind: int = socket.SOCK_STREAM) -> tuple[socket.socket, socket.socket]:
+def unix_pair(
+    name: str | bytes, kind: int = socket.SOCK_STREAM
+) -> tuple[socket.socket, socket.socket]:
     with socket.socket(socket.AF_UNIX, kind) as listener:
         listener.bind(name)
         listener.listen()
@@ -186,7 +192,7 @@ def identity(directory: Path, when: str) -> list[Note]:
 
 def tcp_ends(directory: Path) -> dict[str, Note]:
     gate()
-    notes = {}
+    notes: dict[str, Note] = {}
 
     def made(name: str) -> tuple[socket.socket, socket.socket, End, End]:
         a, b = tcp_pair(socket.AF_INET, "127.0.0.1")
