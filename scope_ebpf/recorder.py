@@ -38,7 +38,7 @@ FILL_GOAL = 1 / 16
 SEGMENT_SECONDS = 0.85
 SEGMENT_SLOTS = 1 << 17
 # Batches of up to SEGMENT_SLOTS that may wait for the writer.
-WAITING_BATCHES = 3
+WAITING_BATCHES = 8
 STATUS_SECONDS = 0.5
 
 

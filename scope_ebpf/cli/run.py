@@ -66,6 +66,7 @@ def run(
                 signals=(signal.SIGHUP,),
                 on_attached=held.release,
                 summary_to_stderr=True,
+                ending="it ends with the command",
             )
             code = held.wait()
         finally:

@@ -74,6 +74,7 @@ def record(
     signals: tuple[signal.Signals, ...] = ENDING_SIGNALS,
     on_attached: Callable[[], None] = lambda: None,
     summary_to_stderr: bool = False,
+    ending: str = "Ctrl-C ends it",
 ) -> Path:
     """Record, and show the summary; returns the recording's directory.
 
@@ -86,6 +87,7 @@ def record(
         signals: what ends the recording.
         on_attached: called when the probes are at work.
         summary_to_stderr: keep stdout for the recorded command.
+        ending: what ends the recording, in words.
 
     Raises:
         ScopeError: recording failed; what there is was summarised.
@@ -96,7 +98,7 @@ def record(
     def attached() -> None:
         on_attached()
         privileges.drop_after_attaching(os.environ)
-        say(f"recording {printable(subject)} to {printable(str(path))}; Ctrl-C ends it")
+        say(f"recording {printable(subject)} to {printable(str(path))}; {ending}")
 
     recorder = Recorder(
         Plan(path, options, targets, tuple(sys.argv), duration), on_attached=attached
@@ -116,11 +118,12 @@ def record(
             with suppress(ScopeError):
                 show_summary(path, to_stderr=True)
             raise click.exceptions.Exit(error.exit_code) from error
+        line.clear()
+        # the handlers stay: a Ctrl-C that comes when recording has ended by itself must not spoil the end
+        show_summary(path, to_stderr=summary_to_stderr)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    line.clear()
-    show_summary(path, to_stderr=summary_to_stderr)
     return path
 
 

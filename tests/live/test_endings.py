@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
+from scope_ebpf.loaders.capture import Capture, CaptureOptions
 from tests.live.recording import (
     Session,
     Target,
@@ -114,3 +116,25 @@ def test_whole_host(calls, tmp_path):
     events = session.table("processes").filter(tgid=target.pid)["event"].to_list()
     assert sorted(events) == sorted(["fork", "exec", *["thread", "thread_exit"] * 7, "exit"])
     assert (events[:2], events[-1]) == (["fork", "exec"], "exit")
+
+
+def test_nothing_stays_in_the_kernel(calls):
+    """A capture's programs, maps and links are held by its descriptors alone, and those are closed."""
+
+    def held() -> list[str]:
+        links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        return [link for link in links if "bpf" in link]
+
+    def capture_once(pid: int) -> None:
+        with Capture(CaptureOptions(tgids=(pid,), hot_slots=1024, wide_slots=256)) as capture:
+            capture.start()
+            assert len(held()) > len(before) + 5
+            capture.stop()
+        # the rings are mapped as long as the object is there
+        assert not any("prog" in link or "link" in link for link in held())
+
+    before = held()
+    with Target(calls, "stays") as target:
+        for _ in range(3):
+            capture_once(target.pid)
+            assert held() == before

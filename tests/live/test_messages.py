@@ -311,9 +311,11 @@ def test_reuse(kind, tmp_path):
                 tuple(moved) for moved in end["moved"]
             ]
             ids.append(found["connection"][0])
-        if len(ends) == 2 and kind != "unix-unaccepted":
-            a, b = (named(session, end["inode"]) for end in ends)
+        pairs = [ends] if len(ends) == 2 else [ends[1:3], ends[3:5]] if len(ends) == 5 else []
+        for pair in pairs:
+            a, b = (named(session, end["inode"]) for end in pair)
             assert a["send_stream"] == b["receive_stream"]
+            assert b["send_stream"] == a["receive_stream"]
             sends = messages.filter(connection=a["connection"], direction="send")
             receives = messages.filter(connection=b["connection"], direction="receive")
             assert sends["stream_end"].to_list() == receives["stream_end"].to_list()
@@ -402,3 +404,23 @@ def test_calls_under_way_at_the_start(kind, who, size, tmp_path):
         elif len(sends) == 21:
             assert receives["length_bytes"].sum() == sends["length_bytes"].sum()
         assert sends["stream_end"][0] in receives["stream_end"].to_list()
+
+
+def test_reconnect(tmp_path):
+    """A socket that is connected anew is another connection."""
+    with (
+        python_target("sockets", "reconnect", tmp_path) as target,
+        attached(tmp_path, target) as session,
+    ):
+        noted = target.work()
+    no_losses(session)
+    rows = session.table("connections").filter(pl.col("kind").is_in(["tcp", "udp"]))
+    assert rows["connection"].n_unique() == len(rows) == len(noted) == 6
+    for row, end in zip(rows.rows(named=True), noted, strict=True):
+        assert row["inode"] == end["inode"]
+        for column, value in end["expected"].items():
+            assert row[column] == value
+        own = session.table("messages").filter(connection=row["connection"])
+        assert own.select("direction", "length_bytes").rows() == [
+            tuple(moved) for moved in end["moved"]
+        ]

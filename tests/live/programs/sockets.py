@@ -7,6 +7,7 @@ Everything is in one process and one thread, so that the order is known.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
@@ -269,7 +270,7 @@ def reuse(directory: Path, kind: str, rounds: str) -> list[list[Note]]:
                 assert b.read(1000) == size
         for end in ends:
             end.close()
-        notes.append([end.note() for end in ends[: 1 if kind == "pipe" else 2]])
+        notes.append([end.note() for end in ends[: 1 if kind == "pipe" else None]])
     return notes
 
 
@@ -303,25 +304,29 @@ def reuse_path(directory: Path) -> list[End]:
 
 
 def reuse_unaccepted(directory: Path, number: int) -> list[End]:
-    """A client talks to a listener that never accepts; then a pair may get the same addresses."""
+    """A client talks to a listener that never accepts; then pairs get the addresses of its sockets."""
     path = directory / "unaccepted"
     path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
-        client = socket.socket(socket.AF_UNIX)
-        client.connect(str(path))
-        end = End("", client.detach())
-        end.write(1 + number % 83)
-    os.close(end.fd)
-    pair = [End("", made.detach()) for made in socket.socketpair()]
-    for a, b in (pair, pair[::-1]):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(str(path))
+    end = End("", client.fileno())
+    end.write(1 + number % 83)
+    # the kernel hands out what was freed last; so each order gives another socket the address
+    for closed in (listener, client) if number % 2 else (client, listener):
+        closed.close()
+    spare = [socket.socket(socket.AF_UNIX) for _ in range(number // 2 % 2)]
+    pairs = [[End("", made.detach()) for made in socket.socketpair()] for _ in range(2)]
+    for a, b in (*pairs, *(pair[::-1] for pair in pairs)):
         a.write(2 + number % 79)
         assert b.read(1000) == 2 + number % 79
-    pair[1].close()
-    # the end that is closed below takes the place of the other one
-    end.fd = os.dup(pair[0].fd)
-    return [end, pair[0]]
+    for unused in spare:
+        unused.close()
+    # its number is free, and is closed below like the others
+    end.fd = os.open(directory, os.O_RDONLY)
+    return [end, *pairs[0], *pairs[1]]
 
 
 def reuse_fd(number: int) -> list[End]:
@@ -432,11 +437,44 @@ def blocked(directory: Path, kind: str, who: str, size: str) -> Note:
     }
 
 
+def reconnect(directory: Path) -> list[Note]:
+    """One socket, connected to one place after the other."""
+    gate()
+    notes = []
+    for kind, label in ((socket.SOCK_STREAM, "tcp"), (socket.SOCK_DGRAM, "udp")):
+        found = socket.socket(socket.AF_INET, kind)
+        for number in range(3):
+            with socket.socket(socket.AF_INET, kind) as other:
+                other.bind(("127.0.0.1", 0))
+                if kind == socket.SOCK_STREAM:
+                    other.listen()
+                    if number:
+                        disconnect(found)
+                found.connect(other.getsockname())
+                end = End(label, found.fileno())
+                end.write(7 + number)
+                end.expected = {
+                    "kind": label,
+                    "local_port": found.getsockname()[1],
+                    "remote_port": other.getsockname()[1],
+                }
+                notes.append(end.note())
+        found.close()
+    return notes
+
+
+def disconnect(found: socket.socket) -> None:
+    """connect() to AF_UNSPEC, which Python has no form for."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.connect(found.fileno(), bytes(16), 16) == 0, os.strerror(ctypes.get_errno())
+
+
 SCENARIOS: dict[str, Callable[..., Any]] = {
     "identity": identity,
     "tcp-ends": tcp_ends,
     "reuse": reuse,
     "others": others,
+    "reconnect": reconnect,
     "crowd": crowd,
     "blocked": blocked,
 }
