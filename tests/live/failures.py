@@ -176,7 +176,8 @@ class Recorder:
         def attached() -> bool:
             assert self.process.poll() is None, f"it ended with {self.process.poll()}: {self.err}"
             self.look_for_ids()
-            return "; Ctrl-C ends it\n" in self.err if says_so else len(self.links()) > 0
+            said = "; Ctrl-C ends it\n" in self.err or "; it ends with the command\n" in self.err
+            return said if says_so else len(self.links()) > 0
 
         wait_until(attached)
         self.look_for_ids()
