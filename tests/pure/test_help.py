@@ -19,7 +19,9 @@ def test_a_command_explains_itself(name):
     assert command is not None
     assert command.name == name
     assert command.help
-    assert command.epilog and "Examples:" in command.epilog and f"scope-ebpf {name}" in command.epilog
+    assert (
+        command.epilog and "Examples:" in command.epilog and f"scope-ebpf {name}" in command.epilog
+    )
     undocumented = [
         option.name
         for option in command.params

@@ -1,0 +1,99 @@
+"""A trial of the probes: a small process does a known number of things, and what was recorded is counted."""
+
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO
+
+import numpy as np
+
+from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions
+from scope_ebpf.records import (
+    CALL,
+    MESSAGE,
+    OFFCPU,
+    CallStatus,
+    ProcessEvent,
+    RecordFlags,
+    RecordKind,
+)
+from scope_ebpf.syscalls import syscall_names
+
+TIMES = 23
+SLEEP_NS = 500_000
+# Writes one byte when it is ready and waits for one; then a call, a message and a sleep, 23 times.
+WORKLOAD = f"""
+import os, time
+os.write(1, b"r")
+os.read(0, 1)
+for _ in range({TIMES}):
+    os.getppid()
+    os.write(1, b"x")
+    time.sleep({SLEEP_NS / 1e9})
+"""
+
+
+def record_workload(family: str) -> int:
+    """Record WORKLOAD with one family of probes; returns how many of its events were seen.
+
+    Raises:
+        ScopeError: the kernel refuses the probes, with the reason.
+    """
+    with workload() as (process, begin):
+        options = CaptureOptions(tgids=(process.pid,), families=(family,), follow=False)
+        with Capture(options) as capture:
+            capture.start()
+            begin()
+            process.wait(timeout=10)
+            capture.stop()
+            return count_events(family, capture.drain())
+
+
+@contextmanager
+def workload() -> Iterator[tuple["subprocess.Popen[bytes]", Callable[[], None]]]:
+    """A process that waits to do its work, and the function that lets it; killed at the end."""
+    command = [sys.executable, "-I", "-S", "-c", WORKLOAD]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        ours, theirs = _pipe(process.stdin), _pipe(process.stdout)
+        try:
+            theirs.read(1)
+
+            def begin() -> None:
+                ours.write(b"g")
+                ours.flush()
+
+            yield process, begin
+        finally:
+            process.kill()
+
+
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    assert stream is not None, "it was asked for as a pipe"
+    return stream
+
+
+def count_events(family: str, batch: Batch) -> int:
+    """How much of what the workload did is in a batch, by the family that recorded it."""
+    if family == "processes":
+        # in the head of a wide slot the event of a process stands where others have flags
+        wide = [run[["kind", "flags"]] for _, _, run in batch.wide]
+        exit_event = (RecordKind.RECORD_PROCESS, ProcessEvent.PROCESS_EXIT)
+        return sum(row.item() == exit_event for run in wide for row in run)
+    if not batch.hot:
+        return 0
+    hot = np.concatenate([run for _, _, run in batch.hot])
+    calls, messages, intervals = hot.view(CALL), hot.view(MESSAGE), hot.view(OFFCPU)
+    if family == "syscalls":
+        names = syscall_names(platform.machine())
+        getppid = [number for number, name in names.items() if name == "getppid"]
+        chosen = (calls["kind"] == RecordKind.RECORD_CALL) & np.isin(calls["number"], getppid)
+    elif family == "messages":
+        received = messages["flags"] & RecordFlags.FLAG_RECEIVE != 0
+        chosen = (messages["kind"] == RecordKind.RECORD_MESSAGE) & ~received
+    else:
+        complete = intervals["flags"] & RecordFlags.FLAG_STATUS == CallStatus.STATUS_COMPLETE
+        slept = (intervals["state"] != 0) & (intervals["duration_ns"] >= SLEEP_NS)
+        chosen = (intervals["kind"] == RecordKind.RECORD_OFFCPU) & complete & slept
+    return int(chosen.sum())
