@@ -7,8 +7,9 @@ from typing import Any, Final
 
 import polars as pl
 
+from scope_ebpf.recording.directory import META_FILE
 from scope_ebpf.recording.reader import Recording
-from scope_ebpf.recording.schema import META_FILE, SCHEMAS
+from scope_ebpf.recording.schema import SCHEMAS
 from scope_ebpf.syscalls import errno_name
 
 # Durations are counted in buckets of this many per power of two, so that quantiles of any number of

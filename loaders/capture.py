@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from scope_ebpf import records
 from scope_ebpf.errors import LoadError
+from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders.cgroups import descendants
 from scope_ebpf.loaders.libbpf import BpfObject, possible_cpus, tracepoint_arguments
 from scope_ebpf.loaders.ring import Records, SlotRing, array_in
@@ -19,7 +20,6 @@ from scope_ebpf.syscalls import SYSCALLS
 
 OBJECT = Path(__file__).resolve().parent.parent / "probes" / "capture.bpf.o"
 
-FAMILIES = ("processes", "syscalls", "messages", "offcpu")
 LIFE_PROGRAMS = ("on_fork", "on_exec", "on_exit", "on_sched_switch")
 CALL_PROGRAMS = ("on_sys_exit", "on_sys_enter")
 CGROUP_PROGRAMS = ("on_cgroup_mkdir", "on_cgroup_attach")
@@ -102,10 +102,6 @@ class Batch:
 
     hot: list[tuple[int, int, Records]] = field(default_factory=list)
     wide: list[tuple[int, int, Records]] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        """Whether there is anything in it."""
-        return bool(self.hot or self.wide)
 
 
 def ring_slots(in_all: int, slot_bytes: int, cpus: int, bounds: tuple[int, int]) -> int:

@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scope_ebpf.errors import FormatError, ScopeError
+from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders import cgroups, privileges
 from scope_ebpf.loaders.capture import (
-    FAMILIES,
     HOT_BYTES_IN_ALL,
     OBJECT,
     WIDE_BYTES_IN_ALL,
     check_layout,
 )
 from scope_ebpf.loaders.libbpf import BpfObject, library
+from scope_ebpf.loaders.targets import INITIAL_PID_NAMESPACE
 from scope_ebpf.loaders.trial import TIMES, record_workload
 
 # include/linux/proc_ns.h: the inodes of the namespaces that the kernel boots with.
 INITIAL_USER_NAMESPACE = 0xEFFFFFFD
-INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 
 WHAT_IS_COUNTED = {
     "processes": "exits of a process",
@@ -229,7 +229,7 @@ def check_family(family: str, obstacle: Check | None = None) -> Check:
     """Record a small process of our own with one family of probes, and count.
 
     Args:
-        family: one of capture.FAMILIES.
+        family: one of FAMILIES.
         obstacle: a check that failed before and explains it if the kernel refuses.
     """
     if obstacle is not None and obstacle.name == "pid namespace":

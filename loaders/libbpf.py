@@ -63,7 +63,6 @@ class _Library:
         self.close = function("bpf_object__close", None, pointer)
         self.next_program = function("bpf_object__next_program", pointer, pointer, pointer)
         self.program_name = function("bpf_program__name", text, pointer)
-        self.program_fd = function("bpf_program__fd", number, pointer)
         self.set_autoload = function("bpf_program__set_autoload", number, pointer, c.c_bool)
         self.find_program = function("bpf_object__find_program_by_name", pointer, pointer, text)
         self.attach = function("bpf_program__attach", pointer, pointer)
@@ -78,7 +77,6 @@ class _Library:
         self.map_update = function(
             "bpf_map_update_elem", number, number, pointer, pointer, c.c_uint64
         )
-        self.enable_stats = function("bpf_enable_stats", number, number)
         self.kernel_btf = function("btf__load_vmlinux_btf", pointer)
         self.btf_free = function("btf__free", None, pointer)
         self.btf_find = function("btf__find_by_name_kind", number, pointer, text, c.c_uint32)
@@ -258,10 +256,6 @@ class BpfObject:
     def map_fd(self, name: str) -> int:
         """The descriptor of a map."""
         return int(self._lib.map_fd(self._map(name)))
-
-    def program_fd(self, name: str) -> int:
-        """The descriptor of a loaded program."""
-        return int(self._lib.program_fd(self._program(name)))
 
     def update(self, name: str, key: int, value: int, *, key_bytes: int = 4) -> None:
         """Set an element of a map with a number as key and a 32-bit value."""

@@ -5,8 +5,8 @@
  * Sees:   what moved, over which connection, which bytes of the stream, and the head of the payload at
  *         each turn. How bytes are counted: endpoints.h; what is kept of them: payloads.h.
  * Misses: io_uring, 32-bit calls, tee(), TCP's urgent bytes, sockets used by the kernel itself, kernel
- *         TLS's and MPTCP's byte ranges (marked inexact), the peers of unconnected datagrams. Two threads that write to one stream in the same
- *         instant may have their ranges swapped.
+ *         TLS's and MPTCP's byte ranges (marked inexact), the peers of unconnected datagrams. Two threads
+ *         that write to one stream in the same instant may have their ranges swapped.
  * Costs:  30 ns on top of the call's own record, 75 ns with a payload head (kernels before 6.2: 350 and
  *         450 ns, since each field of a kernel struct is a helper call there).
  */

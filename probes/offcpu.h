@@ -20,7 +20,7 @@ static __always_inline void write_offcpu(struct cpu_state *cpu, struct task_stru
 					 struct task_record *record, __u64 now)
 {
 	struct offcpu *offcpu;
-	__u64 index, runnable_since = record->left_ns;
+	__u64 index;
 	/* of a call that began before the recording all is known but its real start */
 	bool in_call = record->in_flight ||
 		       (record->left_status == STATUS_BEGAN_BEFORE && record->flight.start_ns);
@@ -40,12 +40,12 @@ static __always_inline void write_offcpu(struct cpu_state *cpu, struct task_stru
 	offcpu->waker_tgid = offcpu->waker_tid = 0;
 	offcpu->waker_number = NO_SYSCALL;
 	offcpu->reserved = 0;
-	offcpu->runnable_ns = now - runnable_since;
+	offcpu->runnable_ns = offcpu->duration_ns;
 	if (record->left_state != TASK_RUNNING && !record->woken_ns) {
 		offcpu->runnable_ns = UNKNOWN_NS;
 	} else if (record->left_state != TASK_RUNNING) {
 		/* the last wakeup is the one that counts; it may have come while the thread was leaving */
-		if (record->woken_ns > runnable_since)
+		if (record->woken_ns > record->left_ns)
 			offcpu->runnable_ns = now - record->woken_ns;
 		offcpu->waker_tgid = record->waker_tgid;
 		offcpu->waker_tid = record->waker_tid;

@@ -11,7 +11,6 @@ import queue
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -176,7 +175,7 @@ class Recorder:
         self._queue: queue.Queue[Drained | None] = queue.Queue(WAITING_BATCHES)
         self._failure: BaseException | None = None
         self._store: Store | None = None
-        self._lost: Counter[str] = Counter()
+        self._lost = 0
 
     def stop(self) -> None:
         """End the recording in good order; may be called from a signal handler."""
@@ -235,9 +234,8 @@ class Recorder:
     ) -> None:
         """The main thread's loop, and the end of the capture."""
         began = time.monotonic()
-        lost = np.zeros_like(
-            capture.lost()
-        )  # not what it is now: that was lost since the attaching
+        # from zero, not from what it is now: that was lost since the attaching
+        lost = np.zeros_like(capture.lost())
         next_segment, next_status = began, began + STATUS_SECONDS
         interval, marks = POLL_SECONDS[0], 0
         while not self._stopping:
@@ -277,8 +275,7 @@ class Recorder:
         """Give a batch to the writer, and begin the next one."""
         lost_now = capture.lost()
         pending.lost = lost_now - lost
-        for kind, count in enumerate(pending.lost.sum(axis=0).tolist()):
-            self._lost[str(kind)] += count
+        self._lost += int(pending.lost.sum())
         self._queue.put(pending)
         return Drained(since_ns=time.monotonic_ns()), lost_now
 
@@ -287,7 +284,7 @@ class Recorder:
         return Status(
             seconds,
             {} if store is None else store.rows(),
-            self._lost.total(),
+            self._lost,
             0 if store is None else store.bytes_on_disk(),
             use.cpu_percent(),
         )

@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 
 import click
 
+from scope_ebpf.families import FAMILIES
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# As loaders.capture.FAMILIES, which is not imported for a help text: numpy takes 0.1 s.
-FAMILIES = ("processes", "syscalls", "messages", "offcpu")
 MAX_PAYLOAD_BYTES = 32768
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")

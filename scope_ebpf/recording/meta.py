@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 from scope_ebpf.errors import FormatError, RecordingError
-from scope_ebpf.recording.schema import FORMAT_VERSION, META_FILE
+from scope_ebpf.recording.directory import META_FILE
+from scope_ebpf.recording.schema import FORMAT_VERSION
 
 # Ranges that reading enforces. A count fits what Parquet and JavaScript's readers call an integer.
 Count = Annotated[int, range(2**63)]

@@ -11,8 +11,9 @@ import polars as pl
 
 from scope_ebpf.errors import RecordingError, UsageError
 from scope_ebpf.recording import readable
+from scope_ebpf.recording.directory import META_FILE, SUFFIX
 from scope_ebpf.recording.meta import Meta, read_meta
-from scope_ebpf.recording.schema import META_FILE, SCHEMAS, SUFFIX
+from scope_ebpf.recording.schema import SCHEMAS
 from scope_ebpf.recording.segments import (
     Segment,
     check_columns,

@@ -17,9 +17,6 @@ import numpy as np
 import polars as pl
 
 FORMAT_VERSION = 1
-META_FILE = "meta.json"
-SUFFIX = ".scope"
-SEGMENT_PATTERN = "[0-9]*.parquet"
 
 FLOW = {"tgid": pl.UInt32, "tid": pl.UInt32}
 

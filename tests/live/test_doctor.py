@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from scope_ebpf.loaders.capture import FAMILIES, OBJECT, Capture, CaptureOptions
+from scope_ebpf.families import FAMILIES
+from scope_ebpf.loaders.capture import OBJECT, Capture, CaptureOptions
 from scope_ebpf.loaders.doctor import examine, families
 from scope_ebpf.loaders.privileges import NEEDED, NEEDED_TO_LOOK
 
