@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scope_ebpf import records
 from scope_ebpf.errors import LoadError
 from scope_ebpf.families import FAMILIES
+from scope_ebpf.loaders import tls
 from scope_ebpf.loaders.cgroups import descendants
 from scope_ebpf.loaders.libbpf import BpfObject, possible_cpus, tracepoint_arguments
 from scope_ebpf.loaders.ring import Records, SlotRing, array_in
@@ -29,9 +30,11 @@ RECORDS = (
     "call",
     "message",
     "offcpu",
+    "tls",
     "payload",
     "process",
     "connection",
+    "connect",
     "marked_task",
     "cpu_state",
 )
@@ -81,6 +84,7 @@ class CaptureOptions:
         everything: record the whole host, but not this process.
         follow: record the targets' children, too.
         families: which tables to fill, of FAMILIES.
+        commands: programs that the targets are about to execute: libraries are sought beside them.
         payload_bytes: how much of a payload's head to keep; 0 for nothing.
         hot_slots, wide_slots: slots per CPU, powers of two; None for a size that fits the host.
     """
@@ -91,6 +95,7 @@ class CaptureOptions:
     everything: bool = False
     follow: bool = True
     families: tuple[str, ...] = FAMILIES
+    commands: tuple[Path, ...] = ()
     payload_bytes: int = 512
     hot_slots: int | None = None
     wide_slots: int | None = None
@@ -138,6 +143,8 @@ class Capture:
         self.wide_slots = options.wide_slots or ring_slots(
             WIDE_BYTES_IN_ALL, self.wide_stride, self.cpus, WIDE_SLOTS
         )
+        # what of the chosen families is missing, and why
+        self.notes: list[str] = []
         self._object = BpfObject(OBJECT)
         try:
             self._load()
@@ -183,8 +190,14 @@ class Capture:
         options, families = self.options, self.options.families
         check_layout(self._object)
         self._object.select(
-            {*self._programs(), *ITERATORS, *(CALL_PROGRAMS if self._records_calls() else ())}
+            {
+                *self._programs(),
+                *ITERATORS,
+                *(CALL_PROGRAMS if self._records_calls() else ()),
+                *(tls.PROGRAMS if "tls" in families else ()),
+            }
         )
+        self._object.expect_uprobes(*tls.PROGRAMS)
         self._object.set_constants(
             record_syscalls="syscalls" in families,
             record_messages="messages" in families,
@@ -220,6 +233,8 @@ class Capture:
         self._marks = np.frombuffer(memory, np.dtype("<u8"), 1, offset)
         offset, _ = variables["entries_seen"]
         self._entries_seen = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
+        offset, _ = variables["tls_wanted"]
+        self._tls_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         self.hot = self._rings("hot", hot_dtype(), self.hot_slots)
         self.wide = self._rings("wide", wide_dtype(self.wide_stride), self.wide_slots)
 
@@ -261,12 +276,29 @@ class Capture:
             if not len(fresh):
                 break
             marked.append(fresh)
+        if "tls" in self.options.families:
+            self._attach_tls({int(tgid) for tasks in marked for tgid in tasks["tgid"]})
         if self._records_calls():
             self._object.attach(*CALL_PROGRAMS)
             self._entries_seen[0] = 1
         self._look_up_running()
         self._meet_connections()
         return np.concatenate(marked)
+
+    def _attach_tls(self, tgids: set[int]) -> None:
+        """Probe the TLS libraries that these processes use or may use.
+
+        One that cannot be probed does not end the recording of all the rest: it is noted.
+        """
+        for path in tls.find_libraries(tgids, self.options.commands):
+            try:
+                for site in tls.library_sites(path):
+                    self._object.attach_uprobe(
+                        site.program, path, site.offset, at_return=site.at_return
+                    )
+            except LoadError as error:
+                self.notes.append(f"TLS through {path} is not recorded: {error}")
+        self._tls_wanted[0] = 1
 
     def mark_tasks(self) -> Records:
         """Take up every running thread that belongs to the targets; returns MARKED_TASK records."""
@@ -320,6 +352,8 @@ class Capture:
 
         What completed before is still in the rings; drain once more.
         """
+        # detaching uprobes takes a tenth of a second for each, while the rings would fill: close() does it
+        self._tls_wanted[0] = 0
         self._object.detach("on_sys_enter")
         self._object.detach("on_sys_exit")
         data = self._object.iterate("on_list_open")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scope_ebpf.errors import FormatError, ScopeError
 from scope_ebpf.families import FAMILIES
-from scope_ebpf.loaders import cgroups, privileges
+from scope_ebpf.loaders import cgroups, privileges, tls
 from scope_ebpf.loaders.capture import (
     HOT_BYTES_IN_ALL,
     OBJECT,
@@ -32,6 +32,7 @@ WHAT_IS_COUNTED = {
     "processes": "exits of a process",
     "syscalls": "getppid calls",
     "messages": "messages",
+    "tls": "writes through TLS",
     "offcpu": "sleeps",
 }
 
@@ -235,6 +236,8 @@ def check_family(family: str, obstacle: Check | None = None) -> Check:
     if obstacle is not None and obstacle.name == "pid namespace":
         # A process number of ours would name a stranger's process on the host.
         return _blamed(family, "not tried", obstacle)
+    if family == "tls" and not any(map(tls.library_sites, tls.find_libraries([os.getpid()]))):
+        return Check(family, True, "no libssl is here, so there is nothing to record", family=True)
     try:
         found = record_workload(family)
     except ScopeError as error:

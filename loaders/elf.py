@@ -1,7 +1,8 @@
-"""ELF objects, read with pyelftools: a section's content, and where variables lie in one."""
+"""ELF files, read with pyelftools: sections and variables of BPF objects, functions of libraries."""
 
 from io import BytesIO
 from pathlib import Path
+from typing import Final
 
 from elftools.common.exceptions import ELFError
 from elftools.construct import ConstructError
@@ -90,3 +91,63 @@ class ElfObject:
             f"cannot read {self.path}: it is not a whole ELF object"
             f" ({str(error) or type(error).__name__}); run `make build`"
         )
+
+
+class SharedLibrary:
+    """A shared library that programs have mapped: where its exported functions are in the file."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file.
+
+        Raises:
+            FormatError: there is no such file, or it is not a whole 64-bit ELF file.
+        """
+        self.path: Final = path
+        try:
+            self._data = path.read_bytes()
+            file = ELFFile(BytesIO(self._data))
+            if file.elfclass != 64:
+                raise ValueError("it is not a 64-bit one")
+            self.machine: Final = str(file["e_machine"])
+            self._code = [
+                (segment["p_vaddr"], segment["p_offset"], segment["p_filesz"])
+                for segment in file.iter_segments("PT_LOAD")
+                if segment["p_flags"] & 1  # PF_X
+            ]
+            table = file.get_section_by_name(".dynsym")
+            self._exported = {
+                symbol.name: symbol["st_value"]
+                for symbol in (
+                    table.iter_symbols() if isinstance(table, SymbolTableSection) else ()
+                )
+                if symbol["st_info"]["type"] == "STT_FUNC" and symbol["st_shndx"] != "SHN_UNDEF"
+            }
+        except OSError as error:
+            raise FormatError(f"cannot read {path}: {error.strerror}") from error
+        except DAMAGE as error:
+            raise FormatError(
+                f"cannot read {path}: it is no library ({str(error) or type(error).__name__})"
+            ) from error
+
+    def function(self, name: str) -> int | None:
+        """The offset in the file of an exported function; None if there is none."""
+        address = self._exported.get(name)
+        return None if address is None else self.offset(address)
+
+    def offset(self, address: int) -> int | None:
+        """The offset in the file of code at a virtual address; None if no code is there."""
+        for start, offset, size in self._code:
+            if start <= address < start + size:
+                return int(address - start + offset)
+        return None
+
+    def address(self, offset: int) -> int | None:
+        """The opposite of offset()."""
+        for start, at, size in self._code:
+            if at <= offset < at + size:
+                return int(offset - at + start)
+        return None
+
+    def code(self, offset: int, length: int) -> bytes:
+        """Bytes of the file."""
+        return self._data[offset : offset + length]

@@ -5,8 +5,10 @@ Functions and their meaning: https://libbpf.readthedocs.io (1.0 and later; 1.1.2
 
 import ctypes as c
 import errno
+import functools
 import mmap
 import os
+import struct
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +22,10 @@ LOG_LINES = 400
 LIBBPF_DEBUG = 2  # enum libbpf_print_level
 LOG_BYTES = 1 << 20  # libbpf hands over the whole log of the verifier at once
 PRINT_CALLBACK = c.CFUNCTYPE(c.c_int, c.c_int, c.c_char_p, c.c_void_p)
+# include/uapi/linux/bpf.h, and the number of bpf(2)
+BPF_LINK_CREATE, BPF_TRACE_UPROBE_MULTI = 28, 48
+BPF_SYSCALL = {"x86_64": 321, "aarch64": 280}
+MULTI_UPROBE = struct.Struct("<4I4Q3I")
 CAUSES = {
     errno.EPERM: "permission denied; run as root, or grant CAP_BPF and CAP_PERFMON",
     errno.EACCES: "the kernel's verifier refused it",
@@ -64,8 +70,15 @@ class _Library:
         self.next_program = function("bpf_object__next_program", pointer, pointer, pointer)
         self.program_name = function("bpf_program__name", text, pointer)
         self.set_autoload = function("bpf_program__set_autoload", number, pointer, c.c_bool)
+        self.expect_attach_type = function(
+            "bpf_program__set_expected_attach_type", number, pointer, number
+        )
+        self.program_fd = function("bpf_program__fd", number, pointer)
         self.find_program = function("bpf_object__find_program_by_name", pointer, pointer, text)
         self.attach = function("bpf_program__attach", pointer, pointer)
+        self.attach_uprobe = function(
+            "bpf_program__attach_uprobe", pointer, pointer, c.c_bool, number, text, size
+        )
         self.link_destroy = function("bpf_link__destroy", number, pointer)
         self.link_fd = function("bpf_link__fd", number, pointer)
         self.iterate = function("bpf_iter_create", number, number)
@@ -158,6 +171,7 @@ class BpfObject:
         if not self._object:
             raise LoadError(f"cannot open {path.name}: {explain(c.get_errno(), self._lib.log)}")
         self._links: dict[str, int] = {}
+        self._descriptors: list[int] = []  # of links that are not libbpf's
 
     def __enter__(self) -> "BpfObject":
         """The object itself."""
@@ -175,6 +189,13 @@ class BpfObject:
     def close(self) -> None:
         """Detach and unload everything; may be called again."""
         self.detach(*self._links)
+        # the kernel waits for each until no CPU is inside of it
+        closing = [threading.Thread(target=os.close, args=(fd,)) for fd in self._descriptors]
+        self._descriptors.clear()
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()
         if self._object:
             self._lib.close(self._object)
             self._object = None
@@ -238,6 +259,31 @@ class BpfObject:
                 self._check(-c.get_errno(), f"attach {name}")
             self._links[name] = link
 
+    def expect_uprobes(self, *names: str) -> None:
+        """Say which programs are for attach_uprobe(), before load()."""
+        if has_multi_uprobes():
+            for name in names:
+                self._lib.expect_attach_type(self._program(name), BPF_TRACE_UPROBE_MULTI)
+
+    def attach_uprobe(self, name: str, path: Path, offset: int, *, at_return: bool) -> None:
+        """Attach a program to a function of a file, in every process that has it mapped; until close().
+
+        Raises:
+            LoadError: with the kernel's reason.
+        """
+        self._lib.log.clear()
+        program, action = self._program(name), f"attach {name} to {path}"
+        if has_multi_uprobes():
+            descriptor = _multi_uprobe(self._lib.program_fd(program), path, offset, at_return)
+            self._check(descriptor, action)
+            self._descriptors.append(descriptor)
+            return
+        every_process = -1
+        link = self._lib.attach_uprobe(program, at_return, every_process, os.fsencode(path), offset)
+        if not link:
+            self._check(-c.get_errno(), action)
+        self._links[f"{name} {path} {offset}"] = link
+
     def detach(self, *names: str) -> None:
         """Detach programs."""
         for name in names:
@@ -287,6 +333,40 @@ class BpfObject:
     def _check(self, result: int, action: str) -> None:
         if result < 0:
             raise LoadError(f"cannot {action}: {explain(-result, self._lib.log)}")
+
+
+@functools.cache
+def has_multi_uprobes() -> bool:
+    """Whether a link can hold uprobes by itself, without a perf event: since 6.6 (commit 89ae89f53d20).
+
+    Taking away a perf event's uprobe costs the kernel a tenth of a second, one after the other.
+    """
+    lib = library()
+    btf = lib.kernel_btf()
+    if not btf:
+        return False
+    try:
+        return int(lib.btf_find(btf, b"bpf_uprobe_multi_link", 4)) > 0  # BTF_KIND_STRUCT
+    finally:
+        lib.btf_free(btf)
+
+
+def _multi_uprobe(program_fd: int, path: Path, offset: int, at_return: bool) -> int:
+    """bpf(BPF_LINK_CREATE), which libbpf 1.1 does not know for this: a descriptor, or -errno."""
+    name, offsets = c.create_string_buffer(os.fsencode(path)), (c.c_uint64 * 1)(offset)
+    attributes = c.create_string_buffer(64)
+    # program, target, type, flags; path, offsets, reference counters, cookies; count, flags, pid
+    MULTI_UPROBE.pack_into(
+        attributes, 0, program_fd, 0, BPF_TRACE_UPROBE_MULTI, 0,
+        c.addressof(name), c.addressof(offsets), 0, 0, 1, int(at_return), 0,
+    )  # fmt: skip
+    call = c.CDLL(None, use_errno=True).syscall
+    call.restype, call.argtypes = c.c_long, [c.c_long, c.c_int, c.c_void_p, c.c_uint]
+    number = BPF_SYSCALL.get(os.uname().machine)
+    if number is None:
+        return -errno.ENOSYS
+    result = int(call(number, BPF_LINK_CREATE, attributes, len(attributes)))
+    return result if result >= 0 else -c.get_errno()
 
 
 def tracepoint_arguments(name: str) -> int:

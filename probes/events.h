@@ -20,6 +20,8 @@ enum record_limits {
 	COMMAND_LINE_BYTES = 384,
 	/* sockets and pipes that are remembered at once; the least recently used one goes first */
 	ENDPOINTS = 65536,
+	/* sessions of OpenSSL whose turns are remembered at once */
+	TLS_SESSIONS = 16384,
 	/* a pause after which a message starts a new turn although the direction did not change */
 	TURN_GAP_NS = 10000000,
 	NO_SYSCALL = 0xffff,
@@ -36,6 +38,8 @@ enum record_kind {
 	RECORD_PROCESS = 5,	 /* wide: a row of processes */
 	RECORD_CONNECTION = 6,	 /* wide: a row of connections */
 	RECORD_PAYLOAD = 7,	 /* wide: the payload of the hot record with the same index */
+	RECORD_CONNECT = 8,	 /* wide: a row of connects */
+	RECORD_TLS = 9,		 /* hot: a row of tls */
 };
 
 /* What can be lost, counted per CPU. */
@@ -47,7 +51,9 @@ enum loss_kind {
 	LOSS_CONNECTIONS = 4,
 	LOSS_PAYLOADS = 5,
 	LOSS_TASKS = 6, /* a thread that could not be remembered, so nothing of it is recorded */
-	LOSS_KINDS = 8,
+	LOSS_CONNECTS = 7,
+	LOSS_TLS = 8,
+	LOSS_KINDS = 12,
 };
 
 /* How much of a call or interval was seen. */
@@ -152,6 +158,22 @@ struct offcpu {
 	__u16 reserved;
 };
 
+/* One call that moved plain text through OpenSSL. */
+struct tls {
+	__u32 sequence;
+	__u16 reserved0;
+	__u8 kind;
+	__u8 flags; /* record_flags */
+	__u64 start_ns;
+	__u64 duration_ns;
+	__u32 tgid;
+	__u32 tid;
+	__u64 ssl;	    /* address of the SSL object in the process */
+	__u32 length_bytes; /* of plain text */
+	__u32 reserved1;
+	__u64 reserved2[2];
+};
+
 /* Head of every wide slot. */
 struct payload {
 	__u32 sequence;
@@ -204,6 +226,27 @@ struct connection {
 	char remote_path[PATH_BYTES];
 };
 
+/* One call of connect() on an internet or Unix socket, whatever came of it. */
+struct connect {
+	__u32 sequence;
+	__u16 family; /* AF_* of the socket */
+	__u8 kind;
+	__u8 flags; /* call_status */
+	__u64 start_ns;
+	__u64 duration_ns;
+	__u32 tgid;
+	__u32 tid;
+	__u32 fd;
+	__s32 result; /* 0 or -errno */
+	__u64 inode;  /* of the socket */
+	__u16 type;	/* SOCK_* */
+	__u16 protocol; /* IPPROTO_* */
+	__u16 remote_family; /* AF_* of the address that was passed; 0: none, or not readable */
+	__u16 remote_port;
+	__u8 remote_address[ADDRESS_BYTES];
+	char remote_path[PATH_BYTES];
+};
+
 /* A task that was marked by on_mark_tasks, as that iterator writes it. */
 struct marked_task {
 	__u32 tgid;
@@ -251,7 +294,7 @@ struct cpu_state {
 	__u64 hot_head; /* slots ever reserved */
 	__u64 wide_head;
 	__u64 lost[LOSS_KINDS];
-	__u64 reserved1[6];
+	__u64 reserved1[2];
 	/* user space */
 	__u64 hot_tail; /* slots ever given back */
 	__u64 wide_tail;

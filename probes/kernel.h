@@ -64,7 +64,7 @@ enum {
 
 #if defined(__TARGET_ARCH_x86)
 struct pt_regs {
-	unsigned long bx, cx, dx, si, di, r10, orig_ax;
+	unsigned long bx, cx, dx, si, di, ax, r8, r10, orig_ax;
 } KERNEL_TYPE;
 #define SYSCALL_NUMBER(regs) ((long)(regs)->orig_ax)
 #define SYSCALL_ARG0(regs) ((regs)->di)
@@ -76,6 +76,13 @@ struct pt_regs {
 #define COMPAT_ARG1(regs) ((__u32)(regs)->cx)
 #define COMPAT_ARG2(regs) ((__u32)(regs)->dx)
 #define TS_COMPAT 0x0002
+/* Registers at the entry of a function, and its result at the return. */
+#define FUNCTION_ARG0(regs) ((regs)->di)
+#define FUNCTION_ARG1(regs) ((regs)->si)
+#define FUNCTION_ARG2(regs) ((regs)->dx)
+#define FUNCTION_ARG3(regs) ((regs)->cx)
+#define FUNCTION_ARG4(regs) ((regs)->r8)
+#define FUNCTION_RESULT(regs) ((regs)->ax)
 #elif defined(__TARGET_ARCH_arm64)
 struct pt_regs {
 	__u64 regs[31];
@@ -91,6 +98,12 @@ struct pt_regs {
 #define COMPAT_ARG1(regs) ((__u32)(regs)->regs[1])
 #define COMPAT_ARG2(regs) ((__u32)(regs)->regs[2])
 #define TIF_32BIT_MASK (1UL << 22)
+#define FUNCTION_ARG0(regs) ((regs)->regs[0])
+#define FUNCTION_ARG1(regs) ((regs)->regs[1])
+#define FUNCTION_ARG2(regs) ((regs)->regs[2])
+#define FUNCTION_ARG3(regs) ((regs)->regs[3])
+#define FUNCTION_ARG4(regs) ((regs)->regs[4])
+#define FUNCTION_RESULT(regs) ((regs)->regs[0])
 #else
 #error "scope-ebpf: no register names for this architecture; add them above"
 #endif
@@ -325,6 +338,19 @@ enum {
 #pragma clang diagnostic pop
 
 /* User space's ABI: these do not move. */
+struct user_sockaddr_in {
+	__u16 family;
+	__be16 port;
+	__u8 address[4];
+};
+
+struct user_sockaddr_in6 {
+	__u16 family;
+	__be16 port;
+	__u32 flow;
+	__u8 address[16];
+};
+
 struct user_iovec {
 	__u64 base;
 	__u64 length;

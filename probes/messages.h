@@ -14,6 +14,7 @@
 #define SCOPE_MESSAGES_H
 
 #include "state.h"
+#include "connects.h"
 #include "endpoints.h"
 #include "payloads.h"
 
@@ -206,12 +207,19 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 	__u32 length = result, message_flags = 0;
 	__u64 arg3;
 
-	if (!class || result < 0)
+	if (!class)
 		return false;
+	if (result < 0) {
+		if (class == MESSAGE_BIRTH_FIRST)
+			write_connect(cpu, result, duration_ns, status);
+		return false;
+	}
 	/* the compiler would merge this load with one of `flight`; the verifier wants them apart */
 	arg3 = SYSCALL_ARG3(regs);
 	asm volatile("" : "+r"(arg3));
 	if (class >= MESSAGE_BIRTH_RESULT) {
+		if (class == MESSAGE_BIRTH_FIRST)
+			write_connect(cpu, result, duration_ns, status);
 		meet_new(cpu, class, result, arg3);
 		return false;
 	}

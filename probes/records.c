@@ -10,9 +10,11 @@
 struct call anchor_call;
 struct message anchor_message;
 struct offcpu anchor_offcpu;
+struct tls anchor_tls;
 struct payload anchor_payload;
 struct process anchor_process;
 struct connection anchor_connection;
+struct connect anchor_connect;
 struct marked_task anchor_marked_task;
 struct flight anchor_flight;
 struct cpu_state anchor_cpu_state;

@@ -36,9 +36,11 @@ const volatile struct record_layouts {
 	struct call call;
 	struct message message;
 	struct offcpu offcpu;
+	struct tls tls;
 	struct payload payload;
 	struct process process;
 	struct connection connection;
+	struct connect connect;
 	struct marked_task marked_task;
 } record_layouts = {};
 

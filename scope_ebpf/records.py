@@ -19,6 +19,7 @@ class RecordLimits(IntEnum):
     WIDE_HEADER_BYTES = 64
     COMMAND_LINE_BYTES = 384
     ENDPOINTS = 65536
+    TLS_SESSIONS = 16384
     TURN_GAP_NS = 10000000
     NO_SYSCALL = 65535
     COMPAT_SYSCALL = 32768
@@ -34,6 +35,8 @@ class RecordKind(IntEnum):
     RECORD_PROCESS = 5
     RECORD_CONNECTION = 6
     RECORD_PAYLOAD = 7
+    RECORD_CONNECT = 8
+    RECORD_TLS = 9
 
 
 class LossKind(IntEnum):
@@ -46,7 +49,9 @@ class LossKind(IntEnum):
     LOSS_CONNECTIONS = 4
     LOSS_PAYLOADS = 5
     LOSS_TASKS = 6
-    LOSS_KINDS = 8
+    LOSS_CONNECTS = 7
+    LOSS_TLS = 8
+    LOSS_KINDS = 12
 
 
 class CallStatus(IntEnum):
@@ -172,6 +177,22 @@ OFFCPU: np.dtype[Any] = np.dtype(
         ("reserved", "<u2"),
     ]
 )
+TLS: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("reserved0", "<u2"),
+        ("kind", "|u1"),
+        ("flags", "|u1"),
+        ("start_ns", "<u8"),
+        ("duration_ns", "<u8"),
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("ssl", "<u8"),
+        ("length_bytes", "<u4"),
+        ("reserved1", "<u4"),
+        ("reserved2", ("<u8", (2,))),
+    ]
+)
 PAYLOAD: np.dtype[Any] = np.dtype(
     [
         ("sequence", "<u4"),
@@ -224,6 +245,27 @@ CONNECTION: np.dtype[Any] = np.dtype(
         ("remote_path", "|V112"),
     ]
 )
+CONNECT: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("family", "<u2"),
+        ("kind", "|u1"),
+        ("flags", "|u1"),
+        ("start_ns", "<u8"),
+        ("duration_ns", "<u8"),
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("fd", "<u4"),
+        ("result", "<i4"),
+        ("inode", "<u8"),
+        ("type", "<u2"),
+        ("protocol", "<u2"),
+        ("remote_family", "<u2"),
+        ("remote_port", "<u2"),
+        ("remote_address", "|V16"),
+        ("remote_path", "|V112"),
+    ]
+)
 MARKED_TASK: np.dtype[Any] = np.dtype(
     [
         ("tgid", "<u4"),
@@ -248,8 +290,8 @@ CPU_STATE: np.dtype[Any] = np.dtype(
         ("reserved0", ("<u8", (5,))),
         ("hot_head", "<u8"),
         ("wide_head", "<u8"),
-        ("lost", ("<u8", (8,))),
-        ("reserved1", ("<u8", (6,))),
+        ("lost", ("<u8", (12,))),
+        ("reserved1", ("<u8", (2,))),
         ("hot_tail", "<u8"),
         ("wide_tail", "<u8"),
         ("reserved2", ("<u8", (6,))),

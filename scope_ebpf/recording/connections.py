@@ -1,4 +1,4 @@
-"""Connections: who is at both ends, and numbers that both ends of a stream compute alike."""
+"""Connections: who is at both ends, numbers that both ends of a stream compute alike, and connect()."""
 
 import ipaddress
 
@@ -7,6 +7,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from scope_ebpf.recording.schema import frame
+from scope_ebpf.records import RecordFlags
 
 Records = NDArray[np.void]
 Words = NDArray[np.uint64]
@@ -55,6 +56,31 @@ def connections_frame(rows: Records) -> pl.DataFrame:
         pl.when(pl.col("peer_inode") != 0).then("peer_inode"),
         pl.when(pl.col("netns") != 0).then("netns"),
     ).sort("time_ns")
+
+
+def connects_frame(rows: Records, cpus: NDArray[np.uint16]) -> pl.DataFrame:
+    """Rows of connects, from records.CONNECT and the CPU of each."""
+    family = rows["remote_family"]
+    inet = (family == AF_INET) | (family == AF_INET6)
+    columns = frame(
+        "connects",
+        {
+            "start_ns": rows["start_ns"],
+            "duration_ns": rows["duration_ns"],
+            "tgid": rows["tgid"],
+            "tid": rows["tid"],
+            "fd": rows["fd"],
+            "kind": kind_names(rows),
+            "remote_address": address_texts(mapped_addresses(rows["remote_address"], family), inet),
+            "remote_port": rows["remote_port"],
+            "remote_path": paths(rows["remote_path"], family),
+            "inode": rows["inode"],
+            "result": rows["result"],
+            "status": rows["flags"] & RecordFlags.FLAG_STATUS,
+            "cpu": cpus,
+        },
+    )
+    return columns.with_columns(pl.when(pl.Series(inet)).then("remote_port")).sort("start_ns")
 
 
 def kind_names(rows: Records) -> list[str]:

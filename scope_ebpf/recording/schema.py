@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 FLOW = {"tgid": pl.UInt32, "tid": pl.UInt32}
 
@@ -94,6 +94,37 @@ SCHEMAS: dict[str, pl.Schema] = {
             "netns": pl.UInt32,  # inode of the network namespace
             "send_stream": pl.UInt64,  # names the bytes of one direction, the same at both ends
             "receive_stream": pl.UInt64,
+        }
+    ),
+    # One row per call of connect() on an internet or Unix socket, whatever came of it.
+    "connects": pl.Schema(
+        {
+            "start_ns": pl.Int64,
+            "duration_ns": pl.Int64,
+            **FLOW,
+            "fd": pl.UInt32,
+            "kind": pl.String,  # as in connections
+            "remote_address": pl.String,  # as the program passed it; null: it was of no such kind
+            "remote_port": pl.UInt16,
+            "remote_path": pl.String,
+            "inode": pl.UInt64,  # of the socket: as in connections
+            "result": pl.Int32,  # 0 or -errno
+            "status": pl.UInt8,
+            "cpu": pl.UInt16,
+        }
+    ),
+    # One row per call that moved plain text through OpenSSL.
+    "tls": pl.Schema(
+        {
+            "start_ns": pl.Int64,
+            "duration_ns": pl.Int64,
+            **FLOW,
+            "ssl": pl.UInt64,  # address of the SSL object in the process: one connection at a time
+            "receive": pl.Boolean,  # else: send
+            "turn": pl.Boolean,  # the first of a turn of its SSL object
+            "length_bytes": pl.UInt32,  # of plain text
+            "payload": pl.Binary,  # the head of the plain text, at a turn's start; else null
+            "cpu": pl.UInt16,
         }
     ),
     # One row per interval that a thread was off the CPU.

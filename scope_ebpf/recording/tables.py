@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from scope_ebpf import records
 from scope_ebpf.loaders.targets import split_arguments
-from scope_ebpf.recording.connections import connections_frame
+from scope_ebpf.recording.connections import connections_frame, connects_frame
 from scope_ebpf.recording.schema import SCHEMAS, frame
 from scope_ebpf.records import ProcessEvent, RecordFlags, RecordKind, RecordLimits
 
@@ -19,6 +19,9 @@ Records = NDArray[np.void]
 Run = tuple[int, int, Records]  # cpu, index of the first slot in that CPU's ring, slots
 
 NO_VALUE = RecordLimits.NO_SYSCALL
+# uretprobe and uprobe of x86-64 (Linux 6.11, 6.18): calls that the kernel's trampolines make where a probe
+# is, not the program. Elsewhere these numbers are free.
+PROBE_CALLS = (335, 336)
 
 
 def join_runs(runs: Iterable[Run]) -> tuple[NDArray[np.uint16], NDArray[np.uint64], Records]:
@@ -175,10 +178,8 @@ def _bytes_of(heads: _Heads) -> pl.Series:
     )
 
 
-def messages_frame(
-    slots: Records, cpus: NDArray[np.uint16], indices: NDArray[np.uint64], payloads: Payloads
-) -> pl.DataFrame:
-    """Rows of messages."""
+def messages_frame(slots: Records, cpus: NDArray[np.uint16], heads: pl.Series) -> pl.DataFrame:
+    """Rows of messages, with the payload head of each."""
     rows = slots.view(records.MESSAGE)
     flags = rows["flags"]
     return frame(
@@ -197,24 +198,54 @@ def messages_frame(
             "length_bytes": rows["length_bytes"],
             "stream_end": rows["stream_end"],
             "connection": rows["connection"],
-            "payload": payloads.take(cpus, indices, flags),
+            "payload": heads,
             "status": flags & RecordFlags.FLAG_STATUS,
             "cpu": cpus,
         },
     )
 
 
+def tls_frame(slots: Records, cpus: NDArray[np.uint16], heads: pl.Series) -> pl.DataFrame:
+    """Rows of tls, with the payload head of each."""
+    rows = slots.view(records.TLS)
+    return frame(
+        "tls",
+        {
+            "start_ns": rows["start_ns"],
+            "duration_ns": rows["duration_ns"],
+            "tgid": rows["tgid"],
+            "tid": rows["tid"],
+            "ssl": rows["ssl"],
+            "receive": (rows["flags"] & RecordFlags.FLAG_RECEIVE) != 0,
+            "turn": (rows["flags"] & RecordFlags.FLAG_TURN) != 0,
+            "length_bytes": rows["length_bytes"],
+            "payload": heads,
+            "cpu": cpus,
+        },
+    )
+
+
 def hot_frames(runs: Iterable[Run], payloads: Payloads) -> dict[str, pl.DataFrame]:
-    """The hot slots as rows of syscalls, messages and offcpu, each sorted by its start."""
+    """The hot slots as rows of syscalls, messages, tls and offcpu, each sorted by its start."""
     cpus, indices, slots = join_runs(runs)
     kinds = slots["kind"]
     frames = {}
     message = (kinds == RecordKind.RECORD_MESSAGE) | (kinds == RecordKind.RECORD_MESSAGE_CALL)
-    call = (kinds == RecordKind.RECORD_CALL) | (kinds == RecordKind.RECORD_MESSAGE_CALL)
+    call = (kinds == RecordKind.RECORD_CALL) & ~np.isin(slots["number"], PROBE_CALLS)
+    call |= kinds == RecordKind.RECORD_MESSAGE_CALL
     if len(rows := in_order(slots, call)):
         frames["syscalls"] = calls_frame(slots[rows], cpus[rows])
-    if len(rows := in_order(slots, message)):
-        frames["messages"] = messages_frame(slots[rows], cpus[rows], indices[rows], payloads)
+    # together, since a payload that none of these rows takes is given up
+    if len(rows := in_order(slots, message | (kinds == RecordKind.RECORD_TLS))):
+        heads = payloads.take(cpus[rows], indices[rows], slots["flags"][rows])
+        tls = kinds[rows] == RecordKind.RECORD_TLS
+        for table, chosen, to_frame in (
+            ("messages", ~tls, messages_frame),
+            ("tls", tls, tls_frame),
+        ):
+            if chosen.any():
+                mine = rows[chosen]
+                frames[table] = to_frame(slots[mine], cpus[mine], heads.filter(pl.Series(chosen)))
     if len(rows := in_order(slots, kinds == RecordKind.RECORD_OFFCPU)):
         frames["offcpu"] = offcpu_frame(slots[rows], cpus[rows])
     return frames
@@ -268,20 +299,29 @@ def process_row(
 def wide_frames(
     runs: Iterable[Run], payloads: Payloads, cgroup_path: Callable[[int], str | None]
 ) -> dict[str, pl.DataFrame]:
-    """The wide slots as rows of processes and connections; payloads go to their waiting place."""
+    """The wide slots as rows of processes, connections and connects.
+
+    Payloads go to their waiting place.
+    """
     processes: list[dict[str, Any]] = []
     connections: list[Records] = []
+    connects: list[Run] = []
     for cpu, _, slots in runs:
         kinds = slots["kind"]
         payloads.add(cpu, slots)
         for record in typed(slots[kinds == RecordKind.RECORD_PROCESS], records.PROCESS):
             processes.append(process_row(record, cgroup_path))
         connections.append(typed(slots[kinds == RecordKind.RECORD_CONNECTION], records.CONNECTION))
+        tried = typed(slots[kinds == RecordKind.RECORD_CONNECT], records.CONNECT)
+        connects += [(cpu, 0, tried)] if len(tried) else []
     frames = {}
     if processes:
         frames["processes"] = rows_frame("processes", processes)
     if connections and sum(map(len, connections)):
         frames["connections"] = connections_frame(np.concatenate(connections))
+    if connects:
+        cpus, _, rows = join_runs(connects)
+        frames["connects"] = connects_frame(rows, cpus)
     return frames
 
 

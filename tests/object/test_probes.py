@@ -26,16 +26,17 @@ from scope_ebpf.loaders.capture import (
     hot_dtype,
 )
 from scope_ebpf.loaders.elf import ElfObject
+from scope_ebpf.loaders.tls import PROGRAMS as TLS_PROGRAMS
 
 pytestmark = pytest.mark.object
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 IN_OBJECT = (
-    "call", "message", "offcpu", "payload", "process", "connection", "marked_task", "cpu_state",
-    "flight",
+    "call", "message", "offcpu", "tls", "payload", "process", "connection", "connect",
+    "marked_task", "cpu_state", "flight",
 )  # fmt: skip
-HOT = ("call", "message", "offcpu")
-WIDE = ("payload", "process", "connection")
+HOT = ("call", "message", "offcpu", "tls")
+WIDE = ("payload", "process", "connection", "connect")
 CONSTANTS = {
     "record_syscalls": 1, "record_messages": 1, "record_offcpu": 1, "record_everything": 1,
     "follow_children": 1, "seek_cgroups": 1, "switch_tells_state": 1, "recorder_tgid": 4,
@@ -100,7 +101,7 @@ def test_hot_records_fill_a_slot(btf, name):
     assert int(records.RecordLimits.HOT_SLOT_BYTES) == 64
     before_kind, fields = hot_dtype().fields, dtype.fields
     assert before_kind is not None
-    for field in ("sequence", "number", "kind", "flags", "start_ns"):
+    for field in ("sequence", "kind", "flags", "start_ns"):
         assert fields[field][:2] == before_kind[field][:2]
 
 
@@ -130,7 +131,14 @@ def test_constants_that_user_space_sets():
 
 def test_programs_are_there(btf):
     functions = {entry.name for entry in btf.types if entry.kind == 12}
-    wanted = {*LIFE_PROGRAMS, *CALL_PROGRAMS, *CGROUP_PROGRAMS, *ITERATORS, "on_sched_waking"}
+    wanted = {
+        *TLS_PROGRAMS,
+        *LIFE_PROGRAMS,
+        *CALL_PROGRAMS,
+        *CGROUP_PROGRAMS,
+        *ITERATORS,
+        "on_sched_waking",
+    }
     assert wanted <= functions
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from scope_ebpf.cli import doctor as command
 from scope_ebpf.errors import FormatError, LoadError
-from scope_ebpf.loaders import doctor
+from scope_ebpf.loaders import doctor, tls
 from scope_ebpf.loaders.doctor import Check, available_bytes, families, listed
 from scope_ebpf.loaders.privileges import CAPABILITIES, NEEDED, Capabilities
 
@@ -164,6 +164,14 @@ def test_what_was_recorded_is_counted(monkeypatch, family, found, works):
     check = doctor.check_family(family)
     assert check.works is works
     assert f"recorded {found} of" in check.detail
+
+
+def test_without_a_tls_library_there_is_nothing_to_record(monkeypatch):
+    monkeypatch.setattr(doctor, "record_workload", lambda _family: pytest.fail("it was recorded"))
+    monkeypatch.setattr(tls, "find_libraries", lambda _tgids: [])
+    check = doctor.check_family("tls")
+    assert (check.works, check.family) == (True, True)
+    assert "no libssl" in check.detail
 
 
 def test_strangers_are_not_recorded_from_a_pid_namespace(monkeypatch):

@@ -109,6 +109,12 @@ def test_calls():
     }  # fmt: skip
 
 
+def test_calls_that_probes_make_are_left_out():
+    slots = np.concatenate([call(1, number=334), call(2, number=335), call(3, number=336)])
+    assert hot((0, 0, slots))["syscalls"]["number"].to_list() == [334]
+    assert hot((0, 0, slots[1:])) == {}
+
+
 def test_a_message_that_is_a_call_is_a_row_of_both():
     flags = RecordFlags.FLAG_RECEIVE | RecordFlags.FLAG_TURN | CallStatus.STATUS_BEGAN_BEFORE
     slot = message(
@@ -570,3 +576,98 @@ def test_any_connection_record_is_a_row(data):
     slots = np.concatenate([wide(record[place : place + 1]) for place in range(len(record))])
     frames = wide_frames([(0, 0, slots)], Payloads(), no_path)
     assert len(rows_of(frames, "connections")) == len(data)
+
+
+# ---- tls -----------------------------------------------------------------------------------------
+
+
+def tls(start_ns, **values):
+    return slots_of(records.TLS, [{"kind": RecordKind.RECORD_TLS, "start_ns": start_ns} | values])
+
+
+def test_plain_text_and_messages_get_their_own_payloads():
+    flags = RecordFlags.FLAG_TURN | RecordFlags.FLAG_PAYLOAD
+    payloads = Payloads()
+    heads = np.concatenate([payload(0, b"GET"), payload(1, b"\x17\x03"), payload(3, b"200")])
+    assert wide_frames([(2, 0, heads)], payloads, no_path) == {}
+    slots = np.concatenate(
+        [
+            tls(10, tgid=7, tid=8, ssl=2**47, duration_ns=3, length_bytes=5,
+                flags=flags | RecordFlags.FLAG_RECEIVE),
+            message(11, flags=flags),
+            tls(12, ssl=2**64 - 1, length_bytes=2**32 - 1),
+            tls(13, flags=flags),
+        ]
+    )  # fmt: skip
+    frames = hot((2, 0, slots), payloads=payloads)
+    first, second, third = rows_of(frames, "tls")
+    assert first == {
+        "start_ns": 10, "duration_ns": 3, "tgid": 7, "tid": 8, "ssl": 2**47, "receive": True,
+        "turn": True, "length_bytes": 5, "payload": b"GET", "cpu": 2,
+    }  # fmt: skip
+    assert (second["ssl"], second["length_bytes"]) == (2**64 - 1, 2**32 - 1)
+    assert (second["receive"], second["turn"], second["payload"]) == (False, False, None)
+    assert third["payload"] == b"200"
+    assert [row["payload"] for row in rows_of(frames, "messages")] == [b"\x17\x03"]
+
+
+# ---- connects ------------------------------------------------------------------------------------
+
+
+def connect(remote_family=0, address=b"", *, path=b"", **values):
+    record = np.zeros(1, records.CONNECT)
+    record["kind"] = RecordKind.RECORD_CONNECT
+    record["family"] = values.pop("family", remote_family)
+    record["remote_family"] = remote_family
+    record["remote_address"] = np.void(address.ljust(16, b"\0"))
+    record["remote_path"] = np.void(path.ljust(112, b"\0"))
+    for name, value in values.items():
+        record[name] = value
+    return record
+
+
+def connects(*rows, cpu=0):
+    runs = [(cpu, 0, np.concatenate([wide(row) for row in rows]))]
+    return rows_of(wide_frames(runs, Payloads(), no_path), "connects")
+
+
+def test_a_refused_connect():
+    row = connect(
+        socket.AF_INET, bytes([127, 0, 0, 1]), remote_port=80, type=1, protocol=6, result=-111,
+        start_ns=10, duration_ns=3, tgid=7, tid=8, fd=9, inode=5, flags=CallStatus.STATUS_BEGAN_BEFORE,
+    )  # fmt: skip
+    assert connects(row, cpu=3) == [
+        {
+            "start_ns": 10, "duration_ns": 3, "tgid": 7, "tid": 8, "fd": 9, "kind": "tcp",
+            "remote_address": "127.0.0.1", "remote_port": 80, "remote_path": None, "inode": 5,
+            "result": -111, "status": 1, "cpu": 3,
+        }
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("record", "kind", "place"),
+    [
+        (connect(socket.AF_INET6, bytes(15) + b"\1", type=1, protocol=6), "tcp", ("::1", 0, None)),
+        # a dual-stack socket, and one whose other family the kernel refused
+        (connect(socket.AF_INET6, bytes(10) + b"\xff\xff\x0a\0\0\1", type=2, protocol=17),
+         "udp", ("10.0.0.1", 0, None)),
+        (connect(socket.AF_UNIX, path=b"/run/s", family=socket.AF_INET, type=1, protocol=6),
+         "tcp", (None, None, "/run/s")),
+        (connect(socket.AF_UNIX, path=b"\0bus", type=1), "unix", (None, None, "@bus")),
+        (connect(socket.AF_UNIX, path=b"l" * 108, type=2), "unix-datagram", (None, None, "l" * 108)),
+        # AF_UNSPEC disconnects; an address that could not be read looks the same
+        (connect(0, b"\x7f\0\0\1", family=socket.AF_INET, type=2, protocol=17), "udp",
+         (None, None, None)),
+    ],
+)  # fmt: skip
+def test_where_a_connect_went(record, kind, place):
+    (row,) = connects(record)
+    assert row["kind"] == kind
+    assert (row["remote_address"], row["remote_port"], row["remote_path"]) == place
+
+
+def test_connects_of_all_cpus_are_in_order():
+    runs = [(cpu, 0, wide(connect(start_ns=9 - cpu))) for cpu in range(3)]
+    frames = wide_frames(runs, Payloads(), no_path)
+    assert frames["connects"]["cpu"].to_list() == [2, 1, 0]
