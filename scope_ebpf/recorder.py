@@ -51,6 +51,7 @@ class Plan:
         targets: the processes that were named; recording ends when none of them is left.
         command: how the recorder was called.
         duration: seconds to record; None for no limit.
+        unredacted: store the heads of messages as they are.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Plan:
     targets: tuple[Target, ...]
     command: tuple[str, ...]
     duration: float | None = None
+    unredacted: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,10 @@ class Recorder:
             self._on_attached()
             use = Use()
             writer = threading.Thread(
-                target=self._write, args=(started_ns, use), name="scope-writer", daemon=True
+                target=self._write,
+                args=(started_ns, use, tuple(capture.notes)),
+                name="scope-writer",
+                daemon=True,
             )
             writer.start()
             try:
@@ -289,7 +294,7 @@ class Recorder:
             use.cpu_percent(),
         )
 
-    def _write(self, started_ns: int, use: Use) -> None:
+    def _write(self, started_ns: int, use: Use, notes: tuple[str, ...]) -> None:
         """The writer thread: takes batches until None comes."""
         try:
             # More threads would encode a segment sooner, for more CPU time and memory in all.
@@ -298,7 +303,7 @@ class Recorder:
             with same_interrupt_handler():
                 from scope_ebpf.recording.store import Store
 
-            self._store = Store(self.plan, started_ns, use)
+            self._store = Store(self.plan, started_ns, use, notes)
         except BaseException as error:
             self._fail(error)
         while (batch := self._queue.get()) is not None:

@@ -36,6 +36,7 @@ def attach(
     duration: float | None,
     families: tuple[str, ...],
     payload_bytes: int,
+    unredacted: bool,
 ) -> None:
     """Record running processes, their threads and children.
 
@@ -59,4 +60,5 @@ def attach(
         subject=" ".join(f"{target.comm}-{target.tgid}" for target in targets[:3]),
         targets=targets,
         duration=duration,
+        unredacted=unredacted,
     )

@@ -72,6 +72,12 @@ def recording_options(function: Function) -> Function:
             help="Keep so much of the head of a message at each turn of a connection; 0: nothing.",
         ),
         click.option(
+            "--unredacted",
+            is_flag=True,
+            help="Store what messages say as it is: passwords, tokens, personal data. By default literals,"
+            " values, query strings, headers and bodies are masked before anything is written.",
+        ),
+        click.option(
             "--families",
             type=Families(),
             default=",".join(FAMILIES),

@@ -26,6 +26,7 @@ def record(
     duration: float | None,
     families: tuple[str, ...],
     payload_bytes: int,
+    unredacted: bool,
 ) -> None:
     """Record a cgroup's members, or the whole host.
 
@@ -47,4 +48,5 @@ def record(
         output=output,
         subject="host" if directory is None else directory.name,
         duration=duration,
+        unredacted=unredacted,
     )

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import shutil
 import signal
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import click
 
@@ -36,6 +38,7 @@ def run(
     duration: float | None,
     families: tuple[str, ...],
     payload_bytes: int,
+    unredacted: bool,
 ) -> None:
     """Start COMMAND, record it from its first instruction on, and pass its exit code on.
 
@@ -58,11 +61,13 @@ def run(
                     follow=follow,
                     families=families,
                     payload_bytes=payload_bytes,
+                    commands=(Path(shutil.which(command[0]) or command[0]).absolute(),),
                 ),
                 output=output,
                 subject=os.path.basename(command[0]),
                 targets=(Target(held.tgid, os.path.basename(command[0])[:15], command),),
                 duration=duration,
+                unredacted=unredacted,
                 signals=(signal.SIGHUP,),
                 on_attached=held.release,
                 summary_to_stderr=True,

@@ -20,6 +20,10 @@ from scope_ebpf.recorder import Plan, Recorder, Status
 from scope_ebpf.recording.directory import create_directory, recording_path, remove_unused
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+UNREDACTED = (
+    "warning: --unredacted stores what messages say as it is, with passwords, tokens and personal data;"
+    " keep the recording where they may be kept"
+)
 SHOWN_TABLES = ("syscalls", "messages", "offcpu")
 
 
@@ -71,6 +75,7 @@ def record(
     subject: str,
     targets: tuple[Target, ...] = (),
     duration: float | None = None,
+    unredacted: bool = False,
     signals: tuple[signal.Signals, ...] = ENDING_SIGNALS,
     on_attached: Callable[[], None] = lambda: None,
     summary_to_stderr: bool = False,
@@ -84,6 +89,7 @@ def record(
         subject: what is recorded, in a word.
         targets: the processes that were named.
         duration: seconds, or None.
+        unredacted: store payloads as they are, and warn of it.
         signals: what ends the recording.
         on_attached: called when the probes are at work.
         summary_to_stderr: keep stdout for the recorded command.
@@ -100,8 +106,10 @@ def record(
         privileges.drop_after_attaching(os.environ)
         say(f"recording {printable(subject)} to {printable(str(path))}; {ending}")
 
+    if unredacted and options.payload_bytes:
+        say(UNREDACTED)
     recorder = Recorder(
-        Plan(path, options, targets, tuple(sys.argv), duration), on_attached=attached
+        Plan(path, options, targets, tuple(sys.argv), duration, unredacted), on_attached=attached
     )
     line = StatusLine()
     before = {number: signal.signal(number, lambda *_: recorder.stop()) for number in signals}

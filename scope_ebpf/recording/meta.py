@@ -14,7 +14,7 @@ import types
 import typing
 import zlib
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -93,6 +93,7 @@ class Meta:
     command: list[str]  # how the recorder was called
     families: list[str]  # which groups of probes were on
     payload_bytes: Count  # how much of a payload was kept at most; 0: none
+    redacted: bool  # payloads were masked before they were written
     scope: Literal["pids", "cgroup", "host"]
     cgroup: str | None
     targets: list[Target]
@@ -223,6 +224,8 @@ def _build(into: type[T], value: object, where: str, file: Path) -> T:
     for field in fields(into):  # type: ignore[arg-type]  # every caller passes a dataclass
         name = f"{where}.{field.name}" if where else field.name
         if field.name not in value:
+            if field.default is not MISSING:
+                continue
             raise _damaged(file, f"{name} is missing")
         arguments[field.name] = _convert(hints[field.name], value[field.name], name, file)
     return into(**arguments)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -23,6 +25,9 @@ from scope_ebpf.recording.segments import (
     scan,
     verify_bytes,
 )
+
+if TYPE_CHECKING:
+    from scope_ebpf.analysis.chains import Chains
 
 # What a message takes over from its connection. connections has no other row with this id.
 _ENDPOINTS = ["kind", "local_address", "local_port", "local_path"]
@@ -90,6 +95,8 @@ class Recording:
         self._verify = verify
         self._checked: set[str] = set()
         self._rows: dict[str, int] = {}
+        self._built: Chains | None = None
+        self._building = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<Recording {self.path}>"
@@ -128,6 +135,8 @@ class Recording:
     @property
     def syscalls(self) -> pl.LazyFrame:
         """One row per completed system call, and per call that was open when the recording ended.
+
+        The calls that the kernel makes for probes, uretprobe and uprobe, are left out.
 
         - `start_ns`, `duration_ns`
         - `tgid`, `tid`; `context`: the logical context within the thread, 0 for the thread itself
@@ -208,6 +217,39 @@ class Recording:
         return self._stored("connections")
 
     @property
+    def connects(self) -> pl.LazyFrame:
+        """One row per call of connect() on an internet or Unix socket, whatever came of it.
+
+        - `start_ns`, `duration_ns`, `tgid`, `tid`, `context`, `status`, `cpu`: as in `syscalls`,
+          where the call has a row, too; `fd`
+        - `kind`: as in `connections`
+        - `remote_address`, `remote_port`, `remote_path`: what the program passed; null for what has
+          none, and all null if it disconnected or passed something else
+        - `inode`: of the socket, as in `connections`
+        - `result`: 0 or -errno; `error`: such as `ECONNREFUSED`, or null. `EINPROGRESS`: what came
+          of it later is not told here
+        """
+        stored = self._stored("connects")
+        frame = stored.with_columns(readable.CONTEXT, readable.error(), readable.status())
+        return frame.select(_with_after(stored, {"tid": ["context"], "result": ["error"]}))
+
+    @property
+    def tls(self) -> pl.LazyFrame:
+        """One row per call of SSL_read or SSL_write (or their _ex forms) that moved plain text.
+
+        - `start_ns`, `duration_ns`, `tgid`, `tid`, `context`, `cpu`: as in `syscalls`
+        - `ssl`: address of the SSL object in the process; a later connection may have the same
+        - `direction`: `send` or `receive`
+        - `turn`: the first of a turn of that SSL object
+        - `length_bytes`: of plain text; what it was on the wire is in `messages`
+        - `payload`: the head of the plain text at the start of a turn, else null
+        """
+        stored = self._stored("tls")
+        frame = stored.with_columns(readable.CONTEXT, readable.direction())
+        after = {"tid": ["context"], "ssl": ["direction"]}
+        return frame.select(name for name in _with_after(stored, after) if name != "receive")
+
+    @property
     def offcpu(self) -> pl.LazyFrame:
         """One row per interval that a thread was off the CPU.
 
@@ -254,6 +296,60 @@ class Recording:
         - `lost`: how many events
         """
         return self._stored("losses")
+
+    def messages_matched(self) -> pl.LazyFrame:
+        """Sends with the receives that got their bytes: `scope_ebpf.analysis.schema.MATCHED`.
+
+        One row per overlap of a send's bytes with a receive's, and one per message without any,
+        with the reason in `unmatched`.
+        """
+        from scope_ebpf.analysis.matching import match_recording
+        from scope_ebpf.analysis.schema import MATCHED
+
+        return pl.defer(lambda: match_recording(self), schema=MATCHED)
+
+    def spans(self) -> pl.LazyFrame:
+        """What each process did for others and asked of others: `scope_ebpf.analysis.schema.SPANS`.
+
+        One row per request as its server handled it (`server`), per request as its client made it
+        (`client`), per job or message that was worked on (`consumer`) and per process that broke
+        (`fault`), sorted by `start_ns`, each with the parent that caused it as far as that is known.
+        Computed when it is first collected, and kept.
+
+        >>> slow = recording.spans().filter(pl.col("duration_ns") > 1e8)  # doctest: +SKIP
+        """
+        from scope_ebpf.analysis.schema import SPANS
+
+        return pl.defer(lambda: self._chains().spans, schema=SPANS)
+
+    def edges(self) -> pl.LazyFrame:
+        """What led to what, and how that is known: `scope_ebpf.analysis.schema.EDGES`.
+
+        One row per causal edge between two spans: the parents of `spans`, and edges beside them,
+        such as from a fault to what failed because of it.
+        """
+        from scope_ebpf.analysis.schema import EDGES
+
+        return pl.defer(lambda: self._chains().edges, schema=EDGES)
+
+    def requests(self) -> pl.LazyFrame:
+        """One row per request that a server handled and per job: `scope_ebpf.analysis.schema.REQUESTS`.
+
+        With where the time of the handling thread went. Sorted by `start_ns`.
+        """
+        from scope_ebpf.analysis.requests import find_requests
+        from scope_ebpf.analysis.schema import REQUESTS
+
+        return pl.defer(lambda: find_requests(self, self._chains().spans), schema=REQUESTS)
+
+    def _chains(self) -> Chains:
+        # collect_all computes several frames at once, in threads
+        with self._building:
+            if self._built is None:
+                from scope_ebpf.analysis.chains import build_chains
+
+                self._built = build_chains(self)
+            return self._built
 
     @property
     def running(self) -> bool:

@@ -14,6 +14,7 @@ from scope_ebpf.loaders import host
 from scope_ebpf.loaders.cgroups import CgroupPaths
 from scope_ebpf.recorder import Drained, Marked, Plan, Use
 from scope_ebpf.recording.meta import Clock, Host, Meta, RecorderUse, Target
+from scope_ebpf.recording.redaction import Redactor
 from scope_ebpf.recording.tables import (
     Payloads,
     hot_frames,
@@ -33,26 +34,29 @@ LOSS_TABLES = {
     records.LossKind.LOSS_CONNECTIONS: "connections",
     records.LossKind.LOSS_PAYLOADS: "payloads",
     records.LossKind.LOSS_TASKS: "tasks",
+    records.LossKind.LOSS_CONNECTS: "connects",
+    records.LossKind.LOSS_TLS: "tls",
 }
 
 
 class Store:
     """A recording that is being written. One thread uses it; rows() and bytes_on_disk() any."""
 
-    def __init__(self, plan: Plan, started_ns: int, use: Use) -> None:
-        """Write the recording's beginning.
+    def __init__(self, plan: Plan, started_ns: int, use: Use, notes: tuple[str, ...] = ()) -> None:
+        """Write the recording's beginning; `notes` are sentences about what is not recorded.
 
         Raises:
             RecordingError: its directory cannot be written to.
         """
         self._use = use
         self._payloads = Payloads()
+        self._redactor = Redactor(plan.unredacted)
         self._cgroups = CgroupPaths()
         self._lost: Counter[str] = Counter()
         self._announced: set[int] = set()
         self._used: set[int] = set()
         self._failed: RecordingError | None = None
-        self._writer = RecordingWriter(plan.path, first_meta(plan, started_ns))
+        self._writer = RecordingWriter(plan.path, first_meta(plan, started_ns, notes))
         self._next_meta = time.monotonic() + META_SECONDS
 
     def rows(self) -> dict[str, int]:
@@ -78,6 +82,7 @@ class Store:
             frames |= hot_frames(batch.hot, self._payloads)
         if losses := self._loss_rows(batch):
             frames["losses"] = rows_frame("losses", losses)
+        self._redactor.redact_all(frames)
         for table, rows in frames.items():
             self._save(table, rows)
         if "messages" in frames:
@@ -159,7 +164,7 @@ class Store:
         return rows
 
 
-def first_meta(plan: Plan, started_ns: int) -> Meta:
+def first_meta(plan: Plan, started_ns: int, notes: tuple[str, ...] = ()) -> Meta:
     """meta.json as it is when the recording begins."""
     options, offsets = plan.options, host.clock_offsets()
     scope: Literal["pids", "cgroup", "host"] = "pids"
@@ -181,6 +186,7 @@ def first_meta(plan: Plan, started_ns: int) -> Meta:
         command=list(plan.command),
         families=list(options.families),
         payload_bytes=options.payload_bytes,
+        redacted=not plan.unredacted,
         scope=scope,
         cgroup=None if options.cgroup is None else str(options.cgroup),
         targets=[
@@ -190,5 +196,5 @@ def first_meta(plan: Plan, started_ns: int) -> Meta:
         tables={},
         lost_tasks=0,
         recorder=RecorderUse(tgid=os.getpid(), cpu_seconds=0.0, cpu_percent=0.0, peak_rss_bytes=0),
-        notes=[],
+        notes=list(notes),
     )

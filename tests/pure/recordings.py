@@ -35,6 +35,7 @@ META = Meta(
     command=["scope-ebpf", "attach", "--pid", "100"],
     families=["syscalls", "messages"],
     payload_bytes=128,
+    redacted=False,
     scope="pids",
     cgroup=None,
     targets=[Target(tgid=100, comm="gunicorn", cmdline=["gunicorn", "shop app:app"])],
@@ -84,6 +85,16 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             "receive_stream": 22,
         },
         {"connection": 2, "kind": "unix", "remote_path": "@bus", "send_stream": 33},
+    ],
+    "connects": [
+        {"start_ns": at(1), "tgid": 100, "tid": 101, "kind": "tcp", "remote_address": "127.0.0.1",
+         "remote_port": 5432, "result": -111},
+        {"start_ns": at(2), "tgid": 100, "tid": 101, "kind": "unix", "remote_path": "@bus"},
+    ],
+    "tls": [
+        {"start_ns": at(1), "tgid": 100, "tid": 100, "ssl": 2**47, "receive": True, "turn": True,
+         "length_bytes": 3, "payload": b"GET"},
+        {"start_ns": at(2), "tgid": 100, "tid": 100, "ssl": 2**47, "length_bytes": 5},
     ],
     "offcpu": [
         {"start_ns": at(1), "duration_ns": 100, "runnable_ns": 30, "tgid": 100, "state": 1},

@@ -66,7 +66,7 @@ def test_stored_columns_are_read_as_they_are(path, table):
 @pytest.mark.parametrize("table", SCHEMAS)
 def test_every_column_is_documented(path, table):
     documentation = getattr(Recording, table).__doc__
-    if table in {"messages", "offcpu"}:  # they refer to it
+    if table in {"messages", "connects", "tls", "offcpu"}:  # they refer to it
         documentation += Recording.syscalls.__doc__ or ""
     documented = set(re.findall(r"`(\w+)`", documentation))
     assert set(open_recording(path).table(table).collect_schema()) <= documented
@@ -101,6 +101,13 @@ def test_results_have_error_names_from_1_to_4095(tmp_path):
     path = make_recording(tmp_path / "a.scope", {"syscalls": [{"result": r} for r in results]})
     errors = [None, "EPERM", "EAGAIN", "ERESTARTSYS", "errno_4095"] + [None] * 4
     assert column(open_recording(path), "syscalls", "error") == errors
+
+
+def test_refused_connects_have_error_names(path):
+    recording = open_recording(path)
+    assert column(recording, "connects", "error") == ["ECONNREFUSED", None]
+    assert column(recording, "connects", "context") == [0, 0]
+    assert column(recording, "connects", "status") == ["complete"] * 2
 
 
 def test_unknown_status_and_event_are_null(tmp_path):
