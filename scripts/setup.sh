@@ -64,6 +64,11 @@ has_initdb() {
     has_command initdb || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null
 }
 
+has_nginx() {
+    # Debian's place for it, which only root has in PATH.
+    has_command nginx || [ -x /usr/sbin/nginx ]
+}
+
 # --- What to install for what is missing ---------------------------------------------------------
 
 # Each entry is a choice, of which the first that is available gets installed; + joins packages.
@@ -97,6 +102,7 @@ look_for_everything() {
     # For the demo and the live tests, which start their own private servers.
     has_initdb || want postgresql
     has_command redis-server || want redis-server
+    has_nginx || want 'nginx-light nginx'
 }
 
 look_for_bench_tools() {
@@ -167,7 +173,10 @@ install_packages() {
     choose_packages
     local package
     for package in "${chosen[@]}"; do
-        case $package in postgresql | redis-server) servers_to_stop+=("$package") ;; esac
+        case $package in
+        postgresql | redis-server) servers_to_stop+=("$package") ;;
+        nginx*) servers_to_stop+=(nginx) ;;
+        esac
     done
     say APT "install ${chosen[*]}"
     # Also when apt fails half-way, or is interrupted.

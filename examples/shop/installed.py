@@ -3,24 +3,49 @@
 import importlib.util
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
-_PACKAGES = ("flask", "gunicorn", "psycopg2", "redis")
 _REQUIREMENTS = Path(__file__).resolve().with_name("requirements.txt")
+_OPENTELEMETRY = (
+    "opentelemetry-sdk",
+    "opentelemetry-exporter-otlp-proto-http",
+    "opentelemetry-instrumentation-flask",
+    "opentelemetry-instrumentation-psycopg2",
+    "opentelemetry-instrumentation-redis",
+    "opentelemetry-instrumentation-requests",
+)
 
 
 class ShopError(Exception):
     """The shop cannot start or has died; the message says what, why and what to do."""
 
 
-def require_packages() -> None:
+def require_packages(*names: str) -> None:
     """Raise ShopError if this Python lacks one of the packages, without importing any."""
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ShopError(
             f"cannot start the shop: {sys.executable} has no {', '.join(missing)};"
             f" install with: {sys.executable} -m pip install -r {_REQUIREMENTS}"
         )
+
+
+def require_opentelemetry() -> None:
+    """Raise ShopError if OpenTelemetry's packages are missing."""
+    modules = ["sdk.trace", "exporter.otlp.proto.http"]
+    modules += [f"instrumentation.{name}" for name in ("flask", "psycopg2", "redis", "requests")]
+    for module in modules:
+        try:
+            found = importlib.util.find_spec(f"opentelemetry.{module}")
+        except ModuleNotFoundError:  # of a parent of it
+            found = None
+        if found is None:
+            raise ShopError(
+                f"cannot start the shop with OpenTelemetry: {sys.executable} has no"
+                f" opentelemetry.{module}; install with: {sys.executable} -m pip install"
+                f" {' '.join(_OPENTELEMETRY)}"
+            )
 
 
 def postgres_programs() -> Path:
@@ -49,3 +74,27 @@ def redis_program() -> Path:
             " install it with: apt install redis-server"
         )
     return Path(found)
+
+
+def nginx_program() -> Path:
+    """Return nginx."""
+    # Debian has it where only root's PATH leads.
+    found = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+    if found is None:
+        raise ShopError(
+            "cannot start nginx: it is neither on the PATH nor in /usr/sbin;"
+            " install it with: apt install nginx-light"
+        )
+    return Path(found)
+
+
+def rq_program() -> Path:
+    """Return the command `rq` of this Python."""
+    places = [Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))]
+    for place in places:
+        if (place / "rq").exists():
+            return place / "rq"
+    raise ShopError(
+        f"cannot start the mail worker: there is no rq in {places[0]};"
+        f" install it with: {sys.executable} -m pip install -r {_REQUIREMENTS}"
+    )

@@ -13,13 +13,14 @@ import http.client
 import json
 import math
 import random
+import secrets
 import signal
 import sys
 import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from urllib.parse import urlsplit
 
@@ -33,9 +34,28 @@ MAX_REQUESTS = 1_000_000
 MAX_CLIENTS = 256
 NO_ANSWER = 0
 
+# Of a hundred requests, what they ask for.
+MIX = {"product": 70, "list": 15, "checkout": 10, "order": 5}
+
 _ANSWER_SECONDS = 10.0
 _AFTER_NO_ANSWER_SECONDS = 0.05
 _JSON = {"Content-Type": "application/json"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """One request that was sent with an id."""
+
+    rid: str
+    """The 32 hex digits of its `X-Request-Id`."""
+    kind: str
+    method: str
+    path: str
+    status: int
+    """Of the answer; 0 is no answer."""
+    start_ns: int
+    end_ns: int
+    """Both CLOCK_MONOTONIC."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +75,8 @@ class LoadResult:
     max_ms: float
     complete: bool
     """False when the time or `stop` ended the run before the wanted number of requests."""
+    sent: tuple[Sent, ...] = ()
+    """All requests with their ids and statuses, if ids were asked for; by client, in order."""
 
 
 def run_load(
@@ -66,13 +88,18 @@ def run_load(
     requests: int | None = None,
     think_seconds: float = 0.0,
     stop: threading.Event | None = None,
+    mix: Mapping[str, int] = MIX,
+    keep_alive: bool = True,
+    with_ids: bool = False,
 ) -> LoadResult:
     """Run the load and wait for its end: after `seconds`, or after exactly `requests`.
 
     With `requests`, `seconds` is only the emergency brake (an hour unless given), without it the
     run takes 10 s unless given. `think_seconds` is each client's pause after an answer. Setting
     `stop` from elsewhere ends the run early; an interrupt ends it and is raised again. A request
-    that was begun is awaited for at most 10 s. Raises ValueError for limits that make no sense.
+    that was begun is awaited for at most 10 s. `mix` has the weight of each kind of request;
+    without `keep_alive` each request is a new connection; `with_ids` sends a random
+    `X-Request-Id` with each and tells all of them. Raises ValueError for limits that make no sense.
     """
     if seconds is None:
         seconds = DEFAULT_SECONDS if requests is None else MAX_SECONDS
@@ -88,6 +115,8 @@ def run_load(
         raise ValueError(f"requests must be from 1 to {MAX_REQUESTS}")
     if not 0 <= think_seconds <= MAX_SECONDS:
         raise ValueError(f"think_seconds must be from 0 to {MAX_SECONDS:g}")
+    if not mix.keys() <= MIX.keys() or min(mix.values(), default=0) < 0 or not sum(mix.values()):
+        raise ValueError(f"the mix must give weights to some of {', '.join(MIX)}")
     stop = stop or threading.Event()
     started = time.monotonic()
     crew = [
@@ -100,6 +129,9 @@ def run_load(
             started + seconds,
             think_seconds,
             stop,
+            mix,
+            keep_alive,
+            with_ids,
         )
         for number in range(clients)
     ]
@@ -130,7 +162,11 @@ class _Client:
         deadline: float,
         think_seconds: float,
         stop: threading.Event,
+        mix: Mapping[str, int],
+        keep_alive: bool,
+        with_ids: bool,
     ) -> None:
+        self.sent: list[Sent] = []
         self.latencies_ms = array("d")
         self.kinds: Counter[str] = Counter()
         self.errors: Counter[int] = Counter()
@@ -140,6 +176,10 @@ class _Client:
         self._deadline = deadline
         self._think_seconds = think_seconds
         self._stop = stop
+        # In the order of MIX: the same dice mean the same requests, however the mix is written.
+        self._mix = {kind: mix[kind] for kind in MIX if mix.get(kind)}
+        self._keep_alive = keep_alive
+        self._with_ids = with_ids
         self._orders: list[int] = []
 
     def run(self) -> None:
@@ -156,35 +196,61 @@ class _Client:
     def _one_request(self) -> None:
         kind, method, path, body = self._next()
         self.kinds[kind] += 1
-        begun = time.perf_counter()
+        headers = dict(_JSON) if body else {}
+        if not self._keep_alive:
+            headers["Connection"] = "close"
+        rid = ""
+        if self._with_ids:
+            # Not of the seeded sequence: no two requests of any two runs share an id.
+            rid = headers["X-Request-Id"] = secrets.token_hex(16)
+        begun_ns = time.monotonic_ns()
+        status, answer = self._answer(method, path, body, headers)
+        ended_ns = time.monotonic_ns()
+        if self._with_ids:
+            self.sent.append(Sent(rid, kind, method, path, status, begun_ns, ended_ns))
+        if status == NO_ANSWER:
+            self.errors[NO_ANSWER] += 1
+            self._stop.wait(_AFTER_NO_ANSWER_SECONDS)
+            return
+        self.latencies_ms.append((ended_ns - begun_ns) / 1e6)
+        if status >= 400:
+            self.errors[status] += 1
+        elif kind == "checkout":
+            self._orders.append(json.loads(answer)["order"])
+
+    def _answer(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str]
+    ) -> tuple[int, bytes]:
         try:
-            self._connection.request(method, path, body, _JSON if body else {})
+            self._connection.request(method, path, body, headers)
             response = self._connection.getresponse()
             answer = response.read()
         except (OSError, http.client.HTTPException):
             # Never sent again: the number of requests must be what was asked for.
             self._connection.close()
-            self.errors[NO_ANSWER] += 1
-            self._stop.wait(_AFTER_NO_ANSWER_SECONDS)
-            return
-        self.latencies_ms.append((time.perf_counter() - begun) * 1000)
-        if response.status >= 400:
-            self.errors[response.status] += 1
-        elif kind == "checkout":
-            self._orders.append(json.loads(answer)["order"])
+            return NO_ANSWER, b""
+        if not self._keep_alive:
+            self._connection.close()
+        return response.status, answer
 
     def _next(self) -> tuple[str, str, str, bytes | None]:
         choices = self._choices
-        dice = choices.random()
-        if dice < 0.70:
-            return "product", "GET", f"/products/{self._product()}", None
-        if dice < 0.85:
-            return "list", "GET", "/products", None
-        if dice < 0.95:
+        # One draw of random() for each request, so that a seed means what it always has.
+        dice = choices.random() * sum(self._mix.values())
+        kind = ""
+        for kind, weight in self._mix.items():  # noqa: B007 (the last one takes what is left)
+            dice -= weight
+            if dice < 0:
+                break
+        if kind == "product":
+            return kind, "GET", f"/products/{self._product()}", None
+        if kind == "list":
+            return kind, "GET", "/products", None
+        if kind == "checkout":
             wanted = {"product": self._product(), "quantity": choices.randint(1, 3)}
-            return "checkout", "POST", "/checkout", json.dumps(wanted).encode()
+            return kind, "POST", "/checkout", json.dumps(wanted).encode()
         order = choices.choice(self._orders) if self._orders else choices.randint(1, SEEDED_ORDERS)
-        return "order", "GET", f"/orders/{order}", None
+        return kind, "GET", f"/orders/{order}", None
 
     def _product(self) -> int:
         # Squared, so that some products are popular: cache hits, and checkouts that queue.
@@ -212,6 +278,7 @@ def _summed(crew: Sequence[_Client], seconds: float, wanted: int | None) -> Load
         p99_ms=percentile(0.99),
         max_ms=percentile(1.0),
         complete=wanted is None or made == wanted,
+        sent=tuple(each for client in crew for each in client.sent),
     )
 
 
@@ -231,6 +298,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--think-seconds", type=float, default=0.0, help="pause after an answer (default: 0)"
     )
+    parser.add_argument(
+        "--no-keep-alive", action="store_true", help="a new connection for each request"
+    )
+    parser.add_argument(
+        "--ids", action="store_true", help="send an X-Request-Id each, and list what was sent"
+    )
     options = parser.parse_args(arguments)
     stop = threading.Event()
 
@@ -249,6 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             requests=options.requests,
             think_seconds=options.think_seconds,
             stop=stop,
+            keep_alive=not options.no_keep_alive,
+            with_ids=options.ids,
         )
     except ValueError as error:
         parser.error(str(error))
@@ -256,6 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = {
         key: None if isinstance(value, float) and math.isnan(value) else value
         for key, value in dataclasses.asdict(result).items()
+        if key != "sent" or options.ids
     }
     print(json.dumps(facts))
     return 0 if result.complete and not result.errors else 1

@@ -23,9 +23,18 @@ CREATE TABLE orders (
 
 CREATE TABLE payments (
     id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    order_id     bigint NOT NULL UNIQUE REFERENCES orders,
+    -- The payment service notes a payment before there is an order.
+    order_id     bigint UNIQUE REFERENCES orders,
     amount_cents bigint NOT NULL,
     status       text   NOT NULL
+);
+
+-- What the mail worker would give to a mail server.
+CREATE TABLE mails (
+    order_id bigint      PRIMARY KEY REFERENCES orders,
+    subject  text        NOT NULL,
+    body     text        NOT NULL,
+    sent_at  timestamptz NOT NULL DEFAULT now()
 );
 
 -- load.py asks for products 1 to 100 and orders 1 to 20: keep its constants and these in step.
