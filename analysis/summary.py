@@ -69,6 +69,8 @@ class Summary:
     bytes_on_disk: int
     syscalls: list[SyscallSummary]
     offcpu: list[OffCpuSummary]
+    payload_bytes: int  # of each head at most; 0: none was kept
+    redacted: bool  # heads were masked before they were written
     recorder: dict[str, Any]
     notes: list[str]
 
@@ -126,6 +128,8 @@ def summarize(recording: Recording) -> Summary:
         + (recording.path / META_FILE).stat().st_size,
         syscalls=_syscalls(recording),
         offcpu=_offcpu(recording, comms),
+        payload_bytes=meta.payload_bytes,
+        redacted=meta.redacted,
         recorder=asdict(meta.recorder),
         notes=[*_incomplete(recording), *meta.notes],
     )

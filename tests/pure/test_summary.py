@@ -48,7 +48,8 @@ def test_it_counts_what_is_there(tmp_path):
     assert (found.processes, found.threads) == (2, 3)
     rows = {name: table.rows for name, table in found.tables.items()}
     assert rows == {
-        "processes": 5, "syscalls": 5, "messages": 3, "connections": 2, "offcpu": 3, "losses": 0,
+        "processes": 5, "syscalls": 5, "messages": 3, "connections": 2, "connects": 2,
+        "tls": 2, "offcpu": 3, "losses": 0,
     }  # fmt: skip
     assert found.tables["syscalls"].lost == 3
     assert (found.lost_payloads, found.lost_tasks, found.lost_total) == (4, 0, 7)

@@ -1,0 +1,1 @@
+"""Writes spans in the formats of other tools: OpenTelemetry's protocol and Perfetto's traces."""

@@ -1,0 +1,250 @@
+"""Which request a flow was working on when it called somebody else: proven, or not claimed.
+
+A flow (process, thread, logical context) works on one request at a time if, from the request's arrival
+to the end of its response, it received no other request and did not wait for several things at once
+(epoll): then what it does in between is the request's. That is what a sync worker or a thread of a pool
+does. In an event loop only a proxied request is recognised, by its request line; else, while
+exactly one request is open, belonging to it is a guess.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from scope_ebpf.analysis.asof import NONE, count_before, group_numbers, latest_before
+from scope_ebpf.recording.reader import Recording
+
+Times = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+Rows = NDArray[np.intp]
+
+# Calls that wait for any of several descriptors.
+MULTIPLEXING: Final = [
+    "epoll_wait",
+    "epoll_pwait",
+    "epoll_pwait2",
+    "select",
+    "pselect6",
+    "io_uring_enter",
+]
+# poll() with more descriptors than this does so, too; clients poll the one that they wait for.
+_POLLED: Final = 2
+
+EXACT, DERIVED, GUESS = range(3)
+
+
+@dataclass(frozen=True)
+class Flows:
+    """Intervals of flows: `start_ns` to `end_ns` in the flow (`tgid`, `tid`, `context`).
+
+    `begun_ns`: of a call, when it was decided on: if it made a connection first, at the connect().
+    Of a request, when all of it was there: a proxy waits for the body before it passes it on.
+    `line` is what was asked (`GET /a?b=1`), empty where it is not known or of no protocol that
+    proxies pass on; `key` numbers of equal values are compared, not the texts.
+    """
+
+    tgid: NDArray[np.uint32]
+    tid: NDArray[np.uint32]
+    context: NDArray[np.uint64]
+    begun_ns: Times
+    start_ns: Times
+    end_ns: Times
+    line: NDArray[Any]
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.tgid)
+
+
+@dataclass(frozen=True)
+class Nested:
+    """For each call the row of the request that it belongs to (-1: none), and what proves it."""
+
+    parent: Rows
+    evidence: NDArray[np.int8]
+    reason: NDArray[np.int8]
+    sequential: Mask
+    """For each request: its flow worked on nothing else."""
+
+
+REASONS: Final = (
+    "same logical context",
+    "one request at a time in its thread",
+    "same request line, no other such request open",
+    "the only open request of its thread",
+)
+
+
+def read_loops(recording: Recording) -> pl.DataFrame | None:
+    """The calls that wait for several things: tgid, tid, start_ns; None if calls are not recorded."""
+    if "syscalls" not in recording.meta.families:
+        return None
+    calls = recording.syscalls.filter(
+        pl.col("name").is_in(MULTIPLEXING)
+        | (pl.col("name").is_in(["poll", "ppoll"]) & (pl.col("arg1") > _POLLED))
+    )
+    return recording.collect(calls.select("tgid", "tid", "start_ns"))
+
+
+def works_alone(requests: Flows, loops: pl.DataFrame | None, flow: Rows | None = None) -> Mask:
+    """Which requests' flows worked on nothing else while they were open, and can be shown to have."""
+    if flow is None:
+        flow, _ = group_numbers(
+            (requests.tgid, requests.tgid[:0]),
+            (requests.tid, requests.tid[:0]),
+            (requests.context, requests.context[:0]),
+        )
+    alone: Mask = ~_overlapping(flow, requests.start_ns, requests.end_ns)
+    alone &= (requests.context != 0) | ~_looping(requests, loops)
+    return alone
+
+
+def nest(requests: Flows, calls: Flows, loops: pl.DataFrame | None, replied_by: Rows) -> Nested:
+    """Find the request that each call belongs to.
+
+    `loops`: as `read_loops` gives it. `replied_by`: for each request the thread that sent the
+    response, or 0. The order of rows does not matter.
+    """
+    flow, of_flow = group_numbers(
+        (requests.tgid, calls.tgid), (requests.tid, calls.tid), (requests.context, calls.context)
+    )
+    sequential = works_alone(requests, loops, flow)
+    sequential &= (replied_by == 0) | (replied_by == requests.tid)
+    latest = latest_before(flow, requests.start_ns, of_flow, calls.start_ns)
+    at = np.maximum(latest, 0)
+    inside = latest != NONE
+    if len(requests):
+        inside &= calls.start_ns < requests.end_ns[at]
+        proven = inside & sequential[at]
+    else:
+        proven = inside
+    parent = np.where(proven, latest, NONE)
+    by_context = proven & (calls.context != 0)
+    evidence = np.where(by_context, EXACT, DERIVED).astype(np.int8)
+    reason = np.where(by_context, 0, 1).astype(np.int8)
+    open_ones = np.flatnonzero(~sequential)
+    loose = np.flatnonzero(~proven & (calls.context == 0))
+    if len(open_ones) and len(loose):
+        _proxied(requests, calls, open_ones, loose, parent, reason)
+        _only_open(requests, calls, open_ones, loose, parent, evidence, reason)
+    return Nested(parent, evidence, reason, sequential)
+
+
+def _overlapping(flow: Rows, start_ns: Times, end_ns: Times) -> Mask:
+    """Which intervals overlap another one of their flow."""
+    count = len(flow)
+    if not count:
+        return np.zeros(0, np.bool_)
+    order = np.lexsort((start_ns, flow))
+    flows, starts, ends = flow[order], start_ns[order], end_ns[order]
+    # ranks instead of times, so that the running maximum starts anew with each flow
+    by_end = np.argsort(ends, kind="stable")
+    rank = np.empty(count, np.int64)
+    rank[by_end] = np.arange(count)
+    reached = np.maximum.accumulate(flows.astype(np.int64) * count + rank)
+    latest_end = ends[by_end[reached - flows.astype(np.int64) * count]]
+    same = flows[1:] == flows[:-1]
+    result = np.zeros(count, np.bool_)
+    result[1:] |= same & (latest_end[:-1] > starts[1:])
+    result[:-1] |= same & (ends[:-1] > starts[1:])
+    answer = np.empty(count, np.bool_)
+    answer[order] = result
+    return answer
+
+
+def _looping(requests: Flows, loops: pl.DataFrame | None) -> Mask:
+    """Which requests' threads waited for several things while they were open."""
+    if loops is None:
+        # not recorded, so nothing is proven
+        return np.ones(len(requests), np.bool_)
+    thread, of_thread = group_numbers(
+        (loops["tgid"].to_numpy(), requests.tgid), (loops["tid"].to_numpy(), requests.tid)
+    )
+    times = loops["start_ns"].to_numpy()
+    before = count_before(thread, times, of_thread, requests.start_ns)
+    until = count_before(thread, times, of_thread, requests.end_ns)
+    looping: Mask = until > before
+    return looping
+
+
+def _proxied(
+    requests: Flows,
+    calls: Flows,
+    open_ones: Rows,
+    loose: Rows,
+    parent: Rows,
+    reason: NDArray[np.int8],
+) -> None:
+    """Give each call the open request with the same request line, if there is only one.
+
+    A request that is passed on at once (nothing of the same line arrived in between) is settled.
+    Any other one stays a candidate for all later calls until it ends; two candidates: none.
+    """
+    lined = loose[calls.line[loose] != 0]
+    passed = open_ones[requests.line[open_ones] != 0]
+    if not len(lined) or not len(passed):
+        return
+    key, of_key = group_numbers(
+        (requests.tgid[passed], calls.tgid[lined]),
+        (requests.tid[passed], calls.tid[lined]),
+        (requests.line[passed], calls.line[lined]),
+    )
+    starts, whole = requests.start_ns[passed], requests.begun_ns[passed]
+    of_starts = calls.begun_ns[lined]
+    latest = latest_before(key, whole, of_key, of_starts)
+    has = latest != NONE
+    at = np.maximum(latest, 0)
+    has &= of_starts < requests.end_ns[passed][at]
+    # nothing came between: a proxy that does not wait for the body may pass on a later request
+    has &= count_before(key, starts, of_key, of_starts + 1) == count_before(
+        key, starts, of_key, whole[at] + 1
+    )
+    # only the first call after a request is its own
+    order = np.lexsort((of_starts, latest))
+    first = np.zeros(len(lined), np.bool_)
+    first[order] = np.r_[True, latest[order][1:] != latest[order][:-1]]
+    has &= first
+    while has.any():
+        settled = np.zeros(len(passed), np.bool_)
+        settled[latest[has]] = True
+        # requests that wait to be passed on are candidates for every call until they end
+        waiting = np.flatnonzero(~settled)
+        begun = count_before(key[waiting], starts[waiting], of_key, of_starts)
+        ended = count_before(key[waiting], requests.end_ns[passed][waiting], of_key, of_starts)
+        kept = has & (begun == ended)
+        if kept.sum() == has.sum():
+            break
+        # what is refused now leaves its request waiting, which may refuse others
+        has = kept
+    parent[lined[has]] = passed[latest[has]]
+    reason[lined[has]] = 2
+
+
+def _only_open(
+    requests: Flows,
+    calls: Flows,
+    open_ones: Rows,
+    loose: Rows,
+    parent: Rows,
+    evidence: NDArray[np.int8],
+    reason: NDArray[np.int8],
+) -> None:
+    """Guess that a call belongs to the only request that is open in its thread."""
+    left = loose[parent[loose] == NONE]
+    thread, of_thread = group_numbers(
+        (requests.tgid[open_ones], calls.tgid[left]), (requests.tid[open_ones], calls.tid[left])
+    )
+    starts, times = requests.start_ns[open_ones], calls.start_ns[left]
+    begun = count_before(thread, starts, of_thread, times + 1)
+    ended = count_before(thread, requests.end_ns[open_ones], of_thread, times + 1)
+    latest = latest_before(thread, starts, of_thread, times)
+    only = (begun - ended == 1) & (latest != NONE)
+    only &= times < requests.end_ns[open_ones][np.maximum(latest, 0)]
+    parent[left[only]] = open_ones[latest[only]]
+    evidence[left[only]] = GUESS
+    reason[left[only]] = 3
