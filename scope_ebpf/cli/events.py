@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -10,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import click
 
 from scope_ebpf.cli import output, units
+from scope_ebpf.cli.where import close_names, filtered, refused
 from scope_ebpf.errors import RecordingError, UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from scope_ebpf.recording.reader import Recording
 
 # Those of recording.schema, which would import polars for --help.
-TABLES = ("processes", "syscalls", "messages", "connections", "offcpu", "losses")
+TABLES = (
+    "processes",
+    "syscalls",
+    "messages",
+    "connections",
+    "connects",
+    "tls",
+    "offcpu",
+    "losses",
+)
 EXAMPLES = """\b
 Examples:
   scope-ebpf events shop.scope syscalls --where "duration_ns > 1000000"
@@ -38,6 +47,9 @@ SHOWN = {
     "remote_address remote_port payload",
     "connections": "time_ns connection kind tgid local_address local_port remote_address "
     "remote_port local_path remote_path",
+    "connects": "start_ns duration_ns tgid tid kind remote_address remote_port remote_path "
+    "result error",
+    "tls": "start_ns duration_ns tgid tid direction length_bytes payload",
     "offcpu": "start_ns waiting_ns runnable_ns tgid tid state name waker_tid waker_name",
     "losses": "time_ns cpu table lost",
 }
@@ -73,10 +85,10 @@ def events(
 ) -> None:
     r"""Print rows of a TABLE of the recording REC, in the order in which they were stored.
 
-    TABLE is processes, syscalls, messages, connections, offcpu or losses. EXPR may use all of its
-    columns, those that are not shown as well: --json --limit 1 shows them. Times in EXPR, JSON and
-    CSV are nanoseconds of CLOCK_MONOTONIC; the table for people shows points in time as seconds
-    since the recording began, durations with a unit, and long values cut.
+    TABLE is processes, syscalls, messages, connections, connects, tls, offcpu or losses. EXPR may
+    use all of its columns, those that are not shown as well: --json --limit 1 shows them. Times in
+    EXPR, JSON and CSV are nanoseconds of CLOCK_MONOTONIC; the table for people shows points in time
+    as seconds since the recording began, durations with a unit, and long values cut.
 
     A payload is text, also in EXPR: printable ASCII as it is, a backslash as \\, and other bytes as
     \n, \r, \t or \xNN, like within a bytes literal of Python.
@@ -88,7 +100,9 @@ def events(
     opened = open_recording(recording)
     # connections, too: the columns of messages that come from there must not be wrong either.
     opened.check(table, *(["connections"] if table == "messages" else []))
-    frame = _filtered(_readable(opened.table(table)), where)
+    frame = _readable(opened.table(table))
+    if where is not None:
+        frame = filtered(frame, where, "\"duration_ns > 1000000 AND name = 'read'\"")
     every = frame.collect_schema().names()
     chosen = _columns(columns, every)
     if as_json or as_csv:
@@ -131,68 +145,16 @@ def _readable(frame: pl.LazyFrame) -> pl.LazyFrame:
     return frame.with_columns(escaped, pl.col(texts).cast(pl.String))
 
 
-def _filtered(frame: pl.LazyFrame, where: str | None) -> pl.LazyFrame:
-    if where is None:
-        return frame
-    import polars as pl
-
-    polars_errors = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
-    try:
-        condition = pl.sql_expr(where)
-        used = condition.meta.root_names()
-    except polars_errors as error:
-        raise UsageError(
-            f"--where is not an SQL expression: {_first_line(error)}; "
-            "write it like \"duration_ns > 1000000 AND name = 'read'\""
-        ) from None
-    schema = frame.collect_schema()
-    for name in used:
-        if name.startswith("_POLARS_"):
-            raise UsageError("--where cannot hold a query of its own; use open_recording in Python")
-        if name not in schema:
-            quotes = " (SQL has text in single quotes)" if f'"{name}"' in where else ""
-            hint = _hint(name, schema.names())
-            raise UsageError(f"--where: there is no column {hint}{quotes}")
-    try:
-        sample = pl.DataFrame(schema=schema).clear(3).select(condition)
-        if sample.dtypes != [pl.Boolean]:
-            raise UsageError(
-                f"--where is not a condition: {where!r} is {sample.dtypes[0]}, not true or false; "
-                "compare it with something"
-            )
-        if sample.height != 3:
-            raise UsageError(
-                f"--where gives the same for all rows: {where!r}; let it look at a row's columns"
-            )
-        return frame.filter(condition)
-    except polars_errors as error:
-        raise _refused(error) from None
-
-
 def _columns(given: str | None, every: Sequence[str]) -> list[str]:
     if given is None:
         return []
     names = [name.strip() for name in given.split(",")]
     for index, name in enumerate(names):
         if name not in every:
-            raise UsageError(f"--columns: there is no column {_hint(name, every)}")
+            raise UsageError(f"--columns: there is no column {close_names(name, every)}")
         if name in names[:index]:
             raise UsageError(f"--columns names {name} twice; once is enough")
     return names
-
-
-def _hint(name: str, every: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), every, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(every)}"
-    return f"{name!r}; {hint}"
-
-
-def _refused(error: BaseException) -> UsageError:
-    return UsageError(f"--where cannot be evaluated: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _collect(recording: Recording, frame: pl.LazyFrame, where: str | None) -> pl.DataFrame:
@@ -202,7 +164,7 @@ def _collect(recording: Recording, frame: pl.LazyFrame, where: str | None) -> pl
         # The files were checked before: what still fails is a conversion in the expression.
         if where is None or isinstance(error.__cause__, OSError):
             raise
-        raise _refused(error.__cause__ or error) from None
+        raise refused(error.__cause__ or error) from None
 
 
 def _sink(recording: Recording, frame: pl.LazyFrame, where: str | None, *, as_json: bool) -> None:
@@ -221,7 +183,7 @@ def _sink(recording: Recording, frame: pl.LazyFrame, where: str | None, *, as_js
                 stream.flush()
         except RecordingError as error:
             if where is not None and isinstance(error.__cause__, pl.exceptions.PolarsError):
-                raise _refused(error.__cause__) from None
+                raise refused(error.__cause__) from None
             raise
         if stream.error is not None:
             raise stream.error

@@ -19,7 +19,11 @@ COMMANDS = {
     "run": "Start a command and record it from its first instruction.",
     "record": "Record a cgroup or the whole host.",
     "summary": "Show what a recording holds, and what was lost.",
+    "requests": "List the requests that were handled, and where their time went.",
+    "chain": "Show what one request caused, across processes.",
+    "services": "Show who talks to whom, how often and how slowly.",
     "events": "Show the rows of a recording's table.",
+    "export": "Write spans for OpenTelemetry or Perfetto.",
     "doctor": "Tell which probes work on this host, and how to fix the others.",
 }
 

@@ -86,6 +86,9 @@ def _print_head(found: Summary, console: Console) -> None:
     if len(found.targets) > MOST_TARGETS:
         lines.append(("", f"and {len(found.targets) - MOST_TARGETS} more"))
     recorder = found.recorder
+    if found.payload_bytes:
+        kept = "redacted" if found.redacted else "as they were sent (--unredacted)"
+        lines.append(("payloads", f"{found.payload_bytes} bytes at most, {kept}"))
     lines += [
         ("seen", f"{_count(found.processes, 'process', 'processes')}, "
                  f"{_count(found.threads, 'thread', 'threads')}"),

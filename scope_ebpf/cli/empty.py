@@ -1,0 +1,29 @@
+"""Why a recording has no requests or spans: one sentence for the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scope_ebpf.recording.reader import Recording
+
+
+def why_empty(recording: Recording) -> str:
+    """The likely reason, and what to do."""
+    meta = recording.meta
+    if "messages" not in meta.families:
+        return (
+            f"the recording holds no messages (only {', '.join(meta.families)}); "
+            "record with messages in --families"
+        )
+    if meta.payload_bytes == 0:
+        return (
+            "the recording holds no heads of payloads, which tell the protocol; "
+            "record with --payload-bytes 512"
+        )
+    if recording.rows("messages") == 0:
+        return "the traced processes neither sent nor received anything while they were recorded"
+    return (
+        "no traced process handled a request of a protocol that is known, or its connections were "
+        "not seen; `scope-ebpf summary REC` shows what was traced and what was lost"
+    )
