@@ -152,6 +152,7 @@ test: ## every test but those of the lab VM (as root; a live test that could run
 		echo 'cannot run the live tests: they load BPF programs, which takes root;' \
 			'run sudo make test, or make check for the others' >&2; exit 1; }
 	@$(MAKE) setup
+	@$(SETUP) --test
 	@SCOPE_EBPF_REQUIRE_LIVE=1 $(PYTHON) -m pytest -p no:cacheprovider -m 'not lab'
 
 .PHONY: bench

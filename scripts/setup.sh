@@ -1,10 +1,10 @@
 #!/bin/bash
-# setup.sh [--bench]: called by `make setup`, which then builds the BPF objects.
+# setup.sh [--bench | --test]: called by `make setup`, which then builds the BPF objects.
 #
 # Installs the system packages that are missing, makes .venv, and installs the project into it.
 # What is already there is found by looking for the thing itself, not for a package name, so a
 # machine without apt can be prepared by hand. Run again, it only looks, which takes under a second.
-# --bench adds the tools that `make bench` compares with.
+# --bench adds the tools that `make bench` compares with, --test the servers that only tests talk to.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -112,6 +112,12 @@ look_for_bench_tools() {
     has_command perf || want 'linux-perf linux-tools-generic'
 }
 
+look_for_test_servers() {
+    wanted=()
+    has_command mariadb-install-db || want 'mariadb-server-core mariadb-server'
+    has_command openssl || want openssl
+}
+
 is_available() {
     local package
     for package in ${1//+/ }; do
@@ -176,6 +182,7 @@ install_packages() {
         case $package in
         postgresql | redis-server) servers_to_stop+=("$package") ;;
         nginx*) servers_to_stop+=(nginx) ;;
+        mariadb-server) servers_to_stop+=(mariadb) ;;
         esac
     done
     say APT "install ${chosen[*]}"
@@ -234,7 +241,11 @@ case ${1-} in
     look_for_bench_tools
     install_packages
     ;;
+--test)
+    look_for_test_servers
+    install_packages
+    ;;
 *)
-    fail "unknown argument '$1'; there is only --bench"
+    fail "unknown argument '$1'; there are --bench and --test"
     ;;
 esac

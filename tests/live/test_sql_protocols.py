@@ -197,7 +197,7 @@ def connect3(port: int, **options) -> psycopg.Connection:
 def mariadb_port() -> Iterator[int]:
     program, install = shutil.which("mariadbd"), shutil.which("mariadb-install-db")
     if program is None or install is None:
-        pytest.skip("optional: needs MariaDB (apt-get install mariadb-server)")
+        pytest.skip("needs MariaDB (apt-get install mariadb-server-core)")
 
     def prepare(home: Path, port: int) -> list[list[str]]:
         data = f"--datadir={home}/data"
