@@ -114,7 +114,8 @@ look_for_bench_tools() {
 
 look_for_test_servers() {
     wanted=()
-    has_command mariadb-install-db || want 'mariadb-server-core mariadb-server'
+    has_command my_print_defaults && has_command mariadb-install-db ||
+        want 'mariadb-server-core+mariadb-client-core mariadb-server'
     has_command openssl || want openssl
 }
 
