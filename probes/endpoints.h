@@ -54,7 +54,9 @@ struct endpoint {
 	__u8 announced;
 	__u8 inexact;
 	__u8 met_idle; /* measured while no call moved its bytes, as far as one can tell */
-	__u8 reserved[7];
+	__u8 sent_prefix; /* the last send was short, as a length that announces what follows is */
+	__u8 received_prefix;
+	__u8 reserved[5];
 };
 
 struct {

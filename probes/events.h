@@ -24,6 +24,8 @@ enum record_limits {
 	TLS_SESSIONS = 16384,
 	/* a pause after which a message starts a new turn although the direction did not change */
 	TURN_GAP_NS = 10000000,
+	/* on pipes and Unix sockets: what follows a message of so few bytes starts a turn, too */
+	PREFIX_BYTES = 8,
 	NO_SYSCALL = 0xffff,
 	/* set in `number` of a 32-bit call on a 64-bit kernel: the number is from the other table */
 	COMPAT_SYSCALL = 0x8000,

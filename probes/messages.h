@@ -64,7 +64,8 @@ static __always_inline __u64 advance(struct target_end *end, struct endpoint *kn
 	return __sync_fetch_and_add(&known->sent, length) + length;
 }
 
-static __always_inline bool starts_turn(struct endpoint *known, bool receive, __u64 start_ns)
+static __always_inline bool starts_turn(struct endpoint *known, bool receive, __u64 start_ns,
+					__u32 length)
 {
 	__u64 last_ns = receive ? known->last_receive_ns : known->last_send_ns;
 	bool turn = start_ns - last_ns > TURN_GAP_NS;
@@ -76,6 +77,16 @@ static __always_inline bool starts_turn(struct endpoint *known, bool receive, __
 		known->last_receive_ns = start_ns;
 	else
 		known->last_send_ns = start_ns;
+	if (known->kind == ENDPOINT_TCP)
+		return turn;
+	/* processes of one program often send a length by itself: what follows is what was meant */
+	if (receive) {
+		turn |= known->received_prefix && length > PREFIX_BYTES;
+		known->received_prefix = length <= PREFIX_BYTES;
+	} else {
+		turn |= known->sent_prefix && length > PREFIX_BYTES;
+		known->sent_prefix = length <= PREFIX_BYTES;
+	}
 	return turn;
 }
 
@@ -118,7 +129,7 @@ __noinline int write_end(struct cpu_state *cpu, __u32 fd, __u32 length, __u64 du
 		announce(cpu, &end, known);
 	if (known->inexact)
 		flags |= FLAG_INEXACT;
-	if (!(flags & FLAG_PEEK) && starts_turn(known, receive, start_ns))
+	if (!(flags & FLAG_PEEK) && starts_turn(known, receive, start_ns, length))
 		flags |= FLAG_TURN;
 	message = hot_reserve(cpu, &index);
 	if (!message) {
