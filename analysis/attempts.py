@@ -38,7 +38,7 @@ def read_connects(recording: Recording) -> pl.DataFrame:
     calls = recording.collect(
         recording.connects.filter(pl.col("kind").is_in(_KINDS)).select(
             "start_ns",
-            (pl.col("start_ns") + pl.col("duration_ns")).alias("until_ns"),
+            (pl.col("start_ns") + pl.col("duration_ns").clip(lower_bound=0)).alias("until_ns"),
             "tgid",
             "tid",
             pl.col("fd").cast(pl.Int64),
@@ -72,7 +72,7 @@ def read_connects(recording: Recording) -> pl.DataFrame:
     came_to = _came_to_nothing(recording, attempts)
     return (
         attempts.join(came_to, on="row", how="left", maintain_order="left")
-        .with_columns(until_ns=pl.coalesce("closed_ns", "until_ns"))
+        .with_columns(until_ns=pl.max_horizontal("closed_ns", "until_ns"))
         .drop("row", "attempt", "pending", "closed_ns")
     )
 

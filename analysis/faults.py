@@ -120,6 +120,8 @@ def refused_connects(
             status="error",
             error="reason",
             state=pl.lit("no_response"),
+            # tells apart what began in the same moment
+            begin=pl.col("inode") * 2**16 + pl.col("fd").clip(0, 2**16 - 1).cast(pl.UInt64),
         ),
         first_row=len(drafts),
     )
@@ -170,8 +172,8 @@ def find_faults(
     exits = (
         processes.filter(pl.col("event") == "exit")
         .select("tgid", "exit_code", "signal_name", exit_ns="time_ns")
-        .unique(["tgid", "exit_ns"], maintain_order=True)
-        .sort("exit_ns")
+        .sort("exit_ns", "tgid", "signal_name", "exit_code", nulls_last=True)
+        .unique(["tgid", "exit_ns"], keep="first", maintain_order=True)
     )
     failed = drafts.filter(
         (pl.col("kind") == "client")

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from scope_ebpf.analysis.asof import NONE, first_after, group_numbers, latest_before
+from scope_ebpf.analysis.asof import NONE, count_before, first_after, group_numbers, latest_before
 from scope_ebpf.analysis.drafts import DRAFT
 from scope_ebpf.analysis.nesting import REASONS, Flows, Nested, nest
 from scope_ebpf.analysis.queues import link_queues
@@ -49,7 +49,11 @@ def work_on(
     lines = _lines(drafts)
     first = nest(_flows(servers, lines), _flows(clients, lines), loops, _repliers(servers))
     taken = _taken(drafts, clients.filter(pl.Series(first.parent == NONE)))
-    consumers, linked = _consumers(drafts, taken, heads, ended_ns)
+    consumers, linked, jobs = _consumers(drafts, taken, heads, ended_ns)
+    # what brought a job is no part of the work on it
+    popped = jobs.filter(pl.col("state") == "began_before")["row"]
+    clients = clients.filter(~pl.col("row").is_in(popped.implode()))
+    loops = _with_loops_of_jobs(loops, jobs)
     drafts = pl.concat([drafts.join(consumers, on="row", how="anti"), consumers]).sort("row")
     handlers = pl.concat([servers, consumers])
     nested = nest(_flows(handlers, lines), _flows(clients, lines), loops, _repliers(handlers))
@@ -180,10 +184,11 @@ def _taken(drafts: pl.DataFrame, free: pl.DataFrame) -> pl.DataFrame:
 
 def _consumers(
     drafts: pl.DataFrame, taken: pl.DataFrame, heads: Heads, ended_ns: int
-) -> tuple[pl.DataFrame, pl.DataFrame]:
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
     """A draft for each job or message that somebody worked on, and links from who produced it.
 
-    The work on it ends when the same flow asks for the next.
+    The work on it ends when the same flow asks for the next. The third are the drafts of what
+    brought the jobs, with `received_ns`.
     """
     received = pl.coalesce(
         pl.when(pl.col("kind") == "delivery").then("start_ns").otherwise("end_ns"), "until_ns"
@@ -261,7 +266,7 @@ def _consumers(
     actions = sent.select(producer=pl.col("row").cast(pl.UInt32), action="queue_action")
     links = pairs.join(numbers, on="delivery").join(actions, on="producer", how="left")
     published = (pl.col("action") == "publish").fill_null(value=False)
-    return consumers, links.select(
+    linked = links.select(
         cause=pl.col("producer").cast(pl.Int64),
         effect="effect",
         edge=pl.when(published).then(pl.lit("triggered_by")).otherwise(pl.lit("queued_by")),
@@ -269,6 +274,29 @@ def _consumers(
         reason="reason",
         parent=pl.lit(value=True),
     )
+    return consumers, linked, jobs
+
+
+def _with_loops_of_jobs(loops: pl.DataFrame | None, jobs: pl.DataFrame) -> pl.DataFrame | None:
+    """Add a wait for several things to each job that came while its thread waited for such.
+
+    Until the job's end, which is no more than the next time that one is asked for, an event loop also
+    works on what else came in the same turn: Celery's main process on the results of its children.
+    """
+    if loops is None:
+        return None
+    thread, of_thread = group_numbers(
+        (loops["tgid"].to_numpy(), jobs["tgid"].to_numpy()),
+        (loops["tid"].to_numpy(), jobs["tid"].to_numpy()),
+    )
+    times = loops["start_ns"].to_numpy()
+    asked = jobs["start_ns"].to_numpy() * (jobs["state"] != "began_before").to_numpy()
+    received = jobs["received_ns"].to_numpy()
+    waited = count_before(thread, times, of_thread, received) > count_before(
+        thread, times, of_thread, asked
+    )
+    looped = jobs.filter(pl.Series(waited)).select("tgid", "tid", start_ns="received_ns")
+    return pl.concat([loops, looped])
 
 
 def _texts(heads: Heads, rows: pl.Series) -> pl.Series:

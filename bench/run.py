@@ -21,6 +21,8 @@ from types import FrameType
 
 import bytes_per_row
 import call_cost
+import chains_scale
+import chains_truth
 import first_event
 import shop_overhead
 import summary_time
@@ -30,7 +32,16 @@ from setting import ROOT, Setting, describe_machine
 
 MEASUREMENTS = {
     module.NAME: module
-    for module in (call_cost, sustained, shop_overhead, first_event, bytes_per_row, summary_time)
+    for module in (
+        call_cost,
+        sustained,
+        shop_overhead,
+        first_event,
+        bytes_per_row,
+        summary_time,
+        chains_truth,
+        chains_scale,
+    )
 }
 OUTPUT = ROOT / "build" / "bench"
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

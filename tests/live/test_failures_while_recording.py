@@ -630,7 +630,7 @@ def test_payloads_stay_in_their_table(folder):
         assert target.stdin is not None
         assert target.stdout is not None
         target.stdout.readline()
-        with attach(folder, target.pid, "--unredacted") as recorder:
+        with attach(folder, target.pid, options=["--unredacted"]) as recorder:
             recorder.attached()
             target.stdin.write(b"xx")
             target.stdin.close()
