@@ -232,6 +232,20 @@ make_venv() {
     printf '%s\n' "$identity" "$packages" | as_owner tee $STAMP >/dev/null
 }
 
+# An OTLP receiver that others wrote, for the tests of `export`. Its pins do not fit ours.
+make_receiver() {
+    local folder=build/otlp-receiver
+    [ ! -x $folder/bin/ddapm-test-agent ] || return 0
+    say VENV $folder
+    as_owner mkdir -p build
+    as_owner "$SYSTEM_PYTHON" -m venv --clear $folder
+    say PIP "install ddapm-test-agent"
+    as_owner $folder/bin/python -m pip install --quiet --disable-pip-version-check \
+        'ddapm-test-agent>=1.20' </dev/null ||
+        fail "cannot install ddapm-test-agent: pip failed (see above);" \
+            "check the network or pip's index, then run make test again"
+}
+
 case ${1-} in
 '')
     look_for_everything
@@ -245,6 +259,7 @@ case ${1-} in
 --test)
     look_for_test_servers
     install_packages
+    make_receiver
     ;;
 *)
     fail "unknown argument '$1'; there are --bench and --test"

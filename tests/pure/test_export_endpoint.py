@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import shutil
 import socket
 import subprocess
 import threading
@@ -13,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
@@ -29,6 +29,9 @@ from tests.pure.test_export_otlp import by_id, exported
 from tests.pure.traced import SPAN_ROWS, Traced, make_traced
 
 pytestmark = pytest.mark.pure
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+AGENT = CHECKOUT / "build" / "otlp-receiver" / "bin" / "ddapm-test-agent"
 
 
 @pytest.fixture
@@ -130,12 +133,10 @@ def test_a_receiver_gets_all_spans_in_batches_over_one_connection(traced):
 def test_a_receiver_that_others_wrote_understands_it(traced, tmp_path):
     """Datadog's test agent, which has an OTLP/HTTP receiver, started as a process of its own.
 
-    Its pins do not fit ours, so it lives in an environment of its own: `pipx install
-    ddapm-test-agent` puts it on the PATH.
+    Its pins do not fit ours, so it lives in an environment of its own, which `make test` makes.
     """
-    agent = shutil.which("ddapm-test-agent")
-    if agent is None:
-        pytest.skip("optional: ddapm-test-agent is not on the PATH (pipx install ddapm-test-agent)")
+    if not AGENT.exists():
+        pytest.skip("optional: ddapm-test-agent is not installed (scripts/setup.sh --test does)")
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
@@ -145,7 +146,7 @@ def test_a_receiver_that_others_wrote_understands_it(traced, tmp_path):
     url = f"http://127.0.0.1:{ports[1]}"
     with (tmp_path / "agent.log").open("wb") as log:
         process = subprocess.Popen(
-            [agent, "--host", "127.0.0.1", *options], stdout=log, stderr=log, cwd=tmp_path
+            [AGENT, "--host", "127.0.0.1", *options], stdout=log, stderr=log, cwd=tmp_path
         )
     try:
         for _ in range(300):
