@@ -73,7 +73,7 @@ def build_chains(recording: Recording) -> Chains:
     drafts, nested = jobs.work_on(drafts, heads, loops, processes, ended_ns)
     links += nested
     servers = known_servers(drafts, connections)
-    drafts, broken = faults.find_faults(drafts, matched, processes, servers, services)
+    drafts, broken = faults.find_faults(drafts, matched, processes, servers, services, connections)
     links.append(broken)
     drafts = name_peers(drafts, matched, connections, servers)
     found = pl.concat([one.select(LINKS.names()).cast(LINKS) for one in links])
@@ -169,6 +169,11 @@ def _end_before_peer(drafts: pl.DataFrame, matched: pl.DataFrame) -> pl.DataFram
             .alias(name)
             for name in ("end_ns", "until_ns")
         )
+        # the client may have had it before the call that received the request returned
+        .with_columns(
+            pl.when(pl.col(name).is_not_null()).then(pl.max_horizontal(name, "start_ns"))
+            for name in ("end_ns", "until_ns")
+        )
         .drop("client_end_ns")
     )
 
@@ -241,7 +246,7 @@ def _identities(recording: Recording, drafts: pl.DataFrame) -> NDArray[np.uint64
     boot = int.from_bytes(hashlib.blake2b(boot_id, digest_size=8).digest(), "little")
 
     def words(name: str) -> NDArray[np.uint64]:
-        return drafts[name].fill_null(0).cast(pl.Int64).to_numpy().view(np.uint64)
+        return drafts[name].fill_null(0).to_numpy().astype(np.uint64)
 
     kind = drafts["kind"].cast(SPAN_KIND).to_physical().to_numpy().astype(np.uint64)
     parts = [words(name) for name in ("tgid", "tid", "start_ns", "connection", "begin")]

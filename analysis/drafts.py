@@ -73,9 +73,14 @@ def draft_spans(
     number = exchanges["protocol"].cast(pl.Int64)
     spoken = names.gather(number.set(number < 0, None))
     asked = pl.col("queue_action").cast(pl.String)
+    # requests that came in one message are one span, and it says so
+    more = requests["requests"].fill_null(1).cast(pl.Int64) - 1
+    piped = pl.Series(more > 0) & (spoken == "http").fill_null(value=False)
     told = exchanges.with_columns(
         protocol=spoken,
-        operation=requests["operation"],
+        operation=pl.when(piped)
+        .then(pl.format("{} and {} more", requests["operation"], more))
+        .otherwise(requests["operation"]),
         detail=requests["detail"],
         answered=requests["answered"].fill_null(value=True),
         waits=requests["waits"].fill_null(value=False),

@@ -30,19 +30,27 @@ _CONNECT_BEFORE_NS: Final = 1_000_000_000
 # The end of a process is seen before its sockets are closed, but on another CPU.
 _SAME_MOMENT_NS: Final = 5_000_000
 _GIVEN_UP: Final = [NOT_IN_TIME, GAVE_UP]
+# Signals by which people and supervisors end processes as a matter of course.
+_ASKED: Final = ["SIGTERM", "SIGINT", "SIGHUP", "SIGPIPE", "SIGALRM"]
 
 
 def begin_with_connects(
     drafts: pl.DataFrame, connects: pl.DataFrame, connections: pl.DataFrame
 ) -> pl.DataFrame:
     """Let the first request on a connection begin with the connect() that was made for it."""
-    made = connects.filter(pl.col("error").is_null() | (pl.col("error") == "EAGAIN"))
+    made = connects.filter(
+        (pl.col("error").is_null() | (pl.col("error") == "EAGAIN")) & (pl.col("inode") != 0)
+    )
     first = (
         drafts.filter((pl.col("kind") == "client") & (pl.col("state") != "began_before"))
-        .sort("start_ns")
+        .sort("start_ns", "row")
         .unique("connection", keep="first", maintain_order=True)
         .select("row", "connection", "start_ns")
-        .join(connections.select("connection", "inode"), on="connection", maintain_order="left")
+        .join(
+            connections.select("connection", "inode").unique("connection", keep="last"),
+            on="connection",
+            maintain_order="left",
+        )
     )
     begun = (
         first.join_asof(
@@ -185,14 +193,14 @@ def find_faults(
         "remote",
         "remote_port",
         "until_ns",
-        # who had given up did not feel what ended in the same moment
-        grace_ns=pl.when(pl.col("error").is_in(_GIVEN_UP)).then(0).otherwise(_SAME_MOMENT_NS),
+        grace_ns=_grace_ns(),
     )
     tgids = drafts.select("row", "tgid", "connection")
     others = (
         matched.join(tgids.select(cause="row", connection="connection"), on="cause")
         .join(tgids.select(effect="row", server_tgid="tgid"), on="effect")
         .select("connection", "server_tgid")
+        .sort("connection", "server_tgid")
         .unique("connection", keep="first", maintain_order=True)
     )
     by_connection = failed.join(others, on="connection").select(
@@ -230,11 +238,12 @@ def find_faults(
     # while one process that served the address is there, another one's end explains nothing
     felt = (
         felt.filter(pl.col("gone").all().over("row"))
-        .sort("exit_ns")
+        .sort("exit_ns", "server_tgid")
         .unique("row", keep="last", maintain_order=True)
         .select("row", "exit_ns", tgid="server_tgid")
     )
-    shown = exits.filter(pl.col("signal_name").is_not_null())
+    # an end that was asked for is a fault only to who felt it
+    shown = exits.filter(pl.col("signal_name").is_not_null() & ~pl.col("signal_name").is_in(_ASKED))
     shown = pl.concat([shown, exits.join(felt, on=["tgid", "exit_ns"], how="semi")]).unique(
         ["tgid", "exit_ns"], maintain_order=True
     )
@@ -282,6 +291,7 @@ def find_faults(
         .filter(
             (pl.col("sent_ns") <= pl.col("exit_ns")) & (pl.col("exit_ns") <= pl.col("until_ns"))
         )
+        .sort("row", "exit_ns")
         .unique("row", keep="first", maintain_order=True)
     )
     inside = cut.select(
@@ -309,34 +319,58 @@ def find_faults(
     return pl.concat([drafts, faults]), pl.concat([links, inside])
 
 
+def _grace_ns() -> pl.Expr:
+    """How much later a cause may be seen: who had given up felt nothing of what came after that."""
+    return pl.when(pl.col("error").is_in(_GIVEN_UP)).then(0).otherwise(_SAME_MOMENT_NS)
+
+
 def blame(drafts: pl.DataFrame, links: pl.DataFrame) -> pl.DataFrame:
     """Links from failures to what failed because of them.
 
-    A request that failed points to the last call within it that failed; a call whose server failed
-    points to the server's span. Guessed parents blame nobody.
+    A request that failed points to the last call within it that failed, unless a later one to the
+    same peer succeeded; if it went on to call others with success, that is a guess. A call whose
+    server failed points to the server's span. Guessed parents blame nobody. `drafts` have their
+    `peer`.
     """
-    wrong = drafts.filter(pl.col("error").is_not_null()).select("row", "kind", "until_ns", "end_ns")
+    wrong = drafts.filter(pl.col("error").is_not_null()).select(
+        "row", "kind", "until_ns", "end_ns", grace_ns=_grace_ns()
+    )
     pairs = (
         links.filter(pl.col("parent") & (pl.col("evidence") != "guess"))
-        .join(wrong.select(cause="row", above="kind", above_ns="until_ns"), on="cause")
+        .join(wrong.select("grace_ns", cause="row", above="kind", above_ns="until_ns"), on="cause")
         .join(
             wrong.select(effect="row", below="kind", below_ns="until_ns", answered="end_ns"),
             on="effect",
         )
     )
+    # a call that was made again and succeeded is not why
+    again = links.filter(pl.col("parent")).join(
+        drafts.filter((pl.col("kind") == "client") & pl.col("error").is_null()).select(
+            "peer", effect="row", again_ns="start_ns"
+        ),
+        on="effect",
+    )
+    went_on = again.group_by("cause").agg(on_ns=pl.col("again_ns").max())
+    again = again.group_by("cause", "peer").agg(pl.col("again_ns").max())
     within = (
         pairs.filter(
             pl.col("above").is_in(["server", "consumer"])
             & (pl.col("below") == "client")
             & (pl.col("below_ns") <= pl.col("above_ns"))
         )
-        .sort("below_ns")
+        .join(drafts.select("peer", effect="row"), on="effect")
+        .join(again, on=["cause", "peer"], how="left", nulls_equal=True)
+        .filter(pl.col("again_ns").is_null() | (pl.col("again_ns") < pl.col("below_ns")))
+        .sort("below_ns", "effect")
         .unique("cause", keep="last", maintain_order=True)
+        .join(went_on, on="cause", how="left")
         .select(
             cause="effect",
             effect="cause",
             edge=pl.lit("caused_by"),
-            evidence=pl.lit("derived"),
+            evidence=pl.when(pl.col("on_ns") > pl.col("below_ns"))
+            .then(pl.lit("guess"))
+            .otherwise(pl.lit("derived")),
             reason=pl.lit("the last call that failed within it"),
             parent=pl.lit(value=False),
         )
@@ -346,7 +380,7 @@ def blame(drafts: pl.DataFrame, links: pl.DataFrame) -> pl.DataFrame:
     passed_on = pairs.filter(
         (pl.col("above") == "client")
         & (pl.col("below") == "server")
-        & (pl.col("below_ns") <= pl.col("above_ns") + _SAME_MOMENT_NS)
+        & (pl.col("below_ns") <= pl.col("above_ns") + pl.col("grace_ns"))
     ).select(
         cause="effect",
         effect="cause",

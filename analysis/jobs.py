@@ -27,6 +27,8 @@ _MAY_POP: Final = r"^(EVAL|EVALSHA|FCALL)\b"
 _NOTHING: Final = ["SELECT 0", "UPDATE 0", "DELETE 0", "nil", "*0", "*-1"]
 # What a blocking pop of Redis answers: the queue and the element, or the queue and several.
 _POPPED: Final = ["*2", "*3"]
+# What a pushed message has beside its channel and its text, at most: less than two of them have.
+_MESSAGE_BYTES: Final = {"redis": 40, "postgresql": 11}
 _GET: Final = r"^(?:GET|HGET|HGETALL|get|gets) (\S+)"
 _SET: Final = r"^(?:SET|SETEX|PSETEX|SETNX|HSET|set|add) (\S+)"
 
@@ -278,10 +280,11 @@ def _consumers(
 
 
 def _with_loops_of_jobs(loops: pl.DataFrame | None, jobs: pl.DataFrame) -> pl.DataFrame | None:
-    """Add a wait for several things to each job that came while its thread waited for such.
+    """Add a wait for several things to each job that may not be the only one until its end.
 
-    Until the job's end, which is no more than the next time that one is asked for, an event loop also
-    works on what else came in the same turn: Celery's main process on the results of its children.
+    Such came while its thread waited for several things: until the next one is asked for, an event
+    loop also works on what else came in the same turn, as Celery's main process does on the results
+    of its children. Or other messages came behind a pushed one, without a head of their own.
     """
     if loops is None:
         return None
@@ -295,7 +298,14 @@ def _with_loops_of_jobs(loops: pl.DataFrame | None, jobs: pl.DataFrame) -> pl.Da
     waited = count_before(thread, times, of_thread, received) > count_before(
         thread, times, of_thread, asked
     )
-    looped = jobs.filter(pl.Series(waited)).select("tgid", "tid", start_ns="received_ns")
+    overhead = pl.col("protocol").replace_strict(_MESSAGE_BYTES, default=0, return_dtype=pl.Int64)
+    # some replies hold the element only
+    names = pl.col("response_queue").str.len_bytes().fill_null(0)
+    names += pl.col("response_element").str.len_bytes()
+    alone = (pl.col("response_bytes") <= names + overhead).fill_null(value=False)
+    pushed = (pl.col("kind") == "delivery") | (pl.col("state") == "began_before")
+    several = pushed & ~alone
+    looped = jobs.filter(pl.Series(waited) | several).select("tgid", "tid", start_ns="received_ns")
     return pl.concat([loops, looped])
 
 

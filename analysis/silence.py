@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Final
 
 import polars as pl
 
+from scope_ebpf.analysis.attempts import call_numbers
 from scope_ebpf.recording.reader import Recording
 
 REASONS: Final = {
@@ -121,8 +123,13 @@ def _next_calls(recording: Recording, silent: pl.DataFrame) -> pl.DataFrame:
     ended = pl.col("start_ns") + pl.col("duration_ns")
     polled = pl.col("name").is_in(_POLLS) & (pl.col("arg1") == 1)
     receives = pl.col("name").is_in(_RECEIVES)
+    numbers = call_numbers(recording, ["close", *_POLLS, *_RECEIVES])
+    errnos = [-getattr(errno, name) for name in _BROKEN]
     calls = recording.collect(
         recording.syscalls.filter(
+            pl.col("number").is_in(numbers) | pl.col("result").is_in(errnos)
+        )
+        .filter(
             (pl.col("name") == "close") | pl.col("error").is_in(_BROKEN) | polled
             | (receives & (pl.col("error") == "EAGAIN") & (pl.col("duration_ns") >= _WAITED_NS))
         )
