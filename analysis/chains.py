@@ -15,6 +15,7 @@ from scope_ebpf.analysis.asof import NONE
 from scope_ebpf.analysis.conversations import recognise
 from scope_ebpf.analysis.drafts import DRAFT, draft_spans, resolve_statements
 from scope_ebpf.analysis.exchanges import find_exchanges, find_turns
+from scope_ebpf.analysis.handovers import read_pipes
 from scope_ebpf.analysis.nesting import read_loops
 from scope_ebpf.analysis.peers import known_servers, name_peers
 from scope_ebpf.analysis.schema import EDGE, EDGES, EVIDENCE, SPAN_KIND, SPANS
@@ -70,7 +71,9 @@ def build_chains(recording: Recording) -> Chains:
     drafts = _end_before_peer(drafts, matched)
     links = [_links(matched, "calls", "exact", "same bytes on the connection")]
     loops = read_loops(recording)
-    drafts, nested = jobs.work_on(drafts, heads, loops, processes, ended_ns)
+    drafts, nested = jobs.work_on(
+        drafts, heads, loops, processes, lambda: read_pipes(recording), ended_ns
+    )
     links += nested
     servers = known_servers(drafts, connections)
     drafts, broken = faults.find_faults(drafts, matched, processes, servers, services, connections)

@@ -203,7 +203,8 @@ def _turns_of(turns: Turns, starts: Rows) -> tuple[Rows, Rows]:
     response_turn = np.full(len(starts), NO_ROW, np.intp)
     answers = np.flatnonzero(~turns.asks & (number >= 0))
     interim = turns.responses["interim"].fill_null(value=False).to_numpy()
-    final = answers[~interim[turns.parsed[answers]]]
+    # what begins an exchange by itself (pushed to a subscriber) is all there is of it
+    final = answers[~interim[turns.parsed[answers]] | np.isin(answers, starts)]
     response_turn[number[final][::-1]] = final[::-1]
     return starts, response_turn
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from scope_ebpf.analysis.asof import NONE, count_before, first_after, group_numbers, latest_before
 from scope_ebpf.analysis.drafts import DRAFT
+from scope_ebpf.analysis.handovers import hand_over
 from scope_ebpf.analysis.nesting import REASONS, Flows, Nested, nest
 from scope_ebpf.analysis.queues import link_queues
 from scope_ebpf.protocols.heads import Heads
@@ -38,12 +40,14 @@ def work_on(
     heads: Heads,
     loops: pl.DataFrame | None,
     processes: pl.DataFrame,
+    pipes: Callable[[], pl.DataFrame],
     ended_ns: int,
 ) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
     """Add the jobs that were done, and tell what every request and job led to.
 
     Returns the drafts with one more of the kind `consumer` for each job, and frames of links:
-    `cause`, `effect` (rows), `edge`, `evidence`, `reason`, `parent`.
+    `cause`, `effect` (rows), `edge`, `evidence`, `reason`, `parent`. `pipes` reads what went over
+    pipes (handovers.read_pipes), if there were jobs.
     """
     drafts = _prepared(_delivered(drafts))
     servers = drafts.filter((pl.col("kind") == "server") & (pl.col("state") != "began_before"))
@@ -57,6 +61,17 @@ def work_on(
     clients = clients.filter(~pl.col("row").is_in(popped.implode()))
     loops = _with_loops_of_jobs(loops, jobs)
     drafts = pl.concat([drafts.join(consumers, on="row", how="anti"), consumers]).sort("row")
+    if len(jobs):
+        # a delivery's consumer keeps its row: the texts are in the order of the jobs
+        passed, passed_on = hand_over(
+            consumers,
+            _texts(heads, jobs["response_head"]),
+            pipes(),
+            first_row=len(drafts),
+            ended_ns=ended_ns,
+        )
+        drafts, consumers = pl.concat([drafts, passed]), pl.concat([consumers, passed])
+        linked = pl.concat([linked, passed_on], how="vertical_relaxed")
     handlers = pl.concat([servers, consumers])
     nested = nest(_flows(handlers, lines), _flows(clients, lines), loops, _repliers(handlers))
     links = [

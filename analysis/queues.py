@@ -60,10 +60,10 @@ def _by_ids(producers: pl.DataFrame, deliveries: pl.DataFrame) -> pl.DataFrame:
         .then(pl.col("text").str.head(pl.col("text").str.len_chars().cast(pl.Int64) - _CUT_BYTES))
         .otherwise("text")
     )
-    wanted = _ids(deliveries, whole).rename({"row": "delivery"})
+    wanted = ids_in(deliveries, whole).rename({"row": "delivery"})
     if wanted.is_empty():
         return pl.DataFrame(schema=LINKS)
-    offered = _ids(producers, pl.col("text")).rename({"row": "producer"})
+    offered = ids_in(producers, pl.col("text")).rename({"row": "producer"})
     offered = offered.join(wanted.select("id").unique(), on="id", how="semi").join(
         producers.select(pl.col("row").alias("producer"), "start_ns", "tgid", "tid", "pushes"),
         on="producer",
@@ -122,8 +122,8 @@ def _by_ids(producers: pl.DataFrame, deliveries: pl.DataFrame) -> pl.DataFrame:
 _MOST_HOLDERS: Final = 16
 
 
-def _ids(frame: pl.DataFrame, text: pl.Expr) -> pl.DataFrame:
-    """`row` and `id`: each different id in each text."""
+def ids_in(frame: pl.DataFrame, text: pl.Expr) -> pl.DataFrame:
+    """`row` and `id`: each different text that may be an id in each text of a frame with `row`."""
     return (
         frame.select("row", text.str.extract_all(_ID).list.unique().alias("id"))
         .explode("id", empty_as_null=True)
