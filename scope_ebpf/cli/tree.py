@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from scope_ebpf.cli import units
@@ -38,16 +38,18 @@ def tree_lines(spans: Sequence[Span], width: int) -> Iterator[Text]:
     """One line for each span of `request_tree`, and more for errors and for causes elsewhere.
 
     Times are offsets from the beginning of the first span, and bars show them on the time from
-    the tree's earliest start to its last end. Lines are about as wide as `width` at most, but no
+    the tree's earliest start to its last end, without faults. Lines are about as wide as `width` at most, but no
     narrower than they need to be to be read.
     """
     from rich.text import Text
 
     wide = width >= WIDE
-    shown = {span["span_id"] for span in spans}
+    shown = {span["span_id"]: span for span in spans}
     branches, below = _branches([span["depth"] for span in spans])
-    begin_ns = min(span["start_ns"] for span in spans)
-    end_ns = max(_end_ns(span) for span in spans)
+    # what broke may have done so long before
+    working = [span for span in spans if span["kind"] != "fault"] or spans
+    begin_ns = min(span["start_ns"] for span in working)
+    end_ns = max(_end_ns(span) for span in working)
     cells = {
         "time": [_bar(s, begin_ns, end_ns, BAR if wide else NARROW_BAR) for s in spans],
         "start": [units.duration(s["start_ns"] - spans[0]["start_ns"]) for s in spans],
@@ -169,17 +171,22 @@ def _style(column: str, span: Span) -> str:
     return ""
 
 
-def _notes(span: Span, shown: Collection[int]) -> Iterator[tuple[str, str]]:
+def _notes(span: Span, shown: Mapping[int, Span]) -> Iterator[tuple[str, str]]:
     """Why it failed, and what else led to it: texts and their styles.
 
-    Failures that are in the tree themselves are seen there.
+    Failed calls that are in the tree themselves are seen there, and so is what broke, right below.
     """
     from scope_ebpf.analysis.schema import span_text
 
     if span["error"] and span["error"] != span["operation"]:
         yield f"error: {units.printable(span['error'])}", "red"
     for link in span["links"]:
-        if link["edge"] == "caused_by" and link["cause_id"] in shown:
+        above = shown.get(link["cause_id"])
+        if (
+            link["edge"] == "caused_by"
+            and above is not None
+            and (above["kind"] != "fault" or above["parent_id"] == span["span_id"])
+        ):
             continue
         # The error of a process that died is also what it did.
         words = dict.fromkeys([link["service"], link["operation"], link["error"]])
@@ -198,8 +205,8 @@ def _bar(span: Span, begin_ns: int, end_ns: int, cells: int) -> str:
     '    ██  '
     """
     scale = cells * 8 / max(end_ns - begin_ns, 1)
-    first = min(int((span["start_ns"] - begin_ns) * scale) // 8, cells - 1)
-    last = min(round((_end_ns(span) - begin_ns) * scale), cells * 8)
+    first = max(min(int((span["start_ns"] - begin_ns) * scale) // 8, cells - 1), 0)
+    last = max(min(round((_end_ns(span) - begin_ns) * scale), cells * 8), 0)
     eighths = max(last - first * 8, 1)
     full, rest = divmod(eighths, 8)
     return (" " * first + EIGHTHS[8] * full + (EIGHTHS[rest] if rest else "")).ljust(cells)
