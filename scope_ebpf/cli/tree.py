@@ -38,8 +38,8 @@ def tree_lines(spans: Sequence[Span], width: int) -> Iterator[Text]:
     """One line for each span of `request_tree`, and more for errors and for causes elsewhere.
 
     Times are offsets from the beginning of the first span, and bars show them on the time from
-    the tree's earliest start to its last end, without faults. Lines are about as wide as `width` at most, but no
-    narrower than they need to be to be read.
+    the tree's earliest start to its last end, without faults. Lines are about as wide as `width` at
+    most, but no narrower than they need to be to be read.
     """
     from rich.text import Text
 

@@ -24,19 +24,20 @@ from scope_ebpf.protocols.contract import (
     Role,
     Roles,
 )
-from scope_ebpf.protocols.heads import Heads, Numbers
+from scope_ebpf.protocols.heads import Bytes, Heads, Numbers
 from scope_ebpf.protocols.http_framing import (
     LF,
     LONGEST_METHOD,
     ODD,
     QUERY,
     SPACE,
-    bytes_at,
+    Part,
     cut_off,
     goes_on,
     kinds_of,
     line_ends_of,
     next_place,
+    padded,
     request_lines,
     status_lines,
     walk,
@@ -62,23 +63,36 @@ def recognise(heads: Heads) -> Roles:
     """Role of each head: by a whole request or status line, or one that is cut off by the head."""
     roles = np.zeros(len(heads), np.uint8)
     for rows, block in _blocks(heads):
-        roles[rows] = _recognise(block)
+        data = padded(block.data)
+        roles[rows] = _recognise(block, data, np.flatnonzero(data == LF))
     return roles
 
 
-def _recognise(heads: Heads) -> Roles:
+def recognise_and_keep(heads: Heads) -> tuple[Roles, Kept]:
+    """What both say, after one look for lines."""
+    roles, kept = [np.zeros(0, np.uint8)], [np.zeros(0, np.bool_)]
+    for _, block in _blocks(heads):
+        data = padded(block.data)
+        newlines = np.flatnonzero(data == LF)
+        role = _recognise(block, data, newlines)
+        roles.append(role)
+        kept.append(_keep(block, role, data, newlines))
+    return np.concatenate(roles), np.concatenate(kept)
+
+
+def _recognise(heads: Heads, data: Bytes, newlines: Numbers) -> Roles:
     roles = np.zeros(len(heads), np.uint8)
-    first = bytes_at(heads.data, heads.begins)
+    first = data[heads.begins]
     rows = np.flatnonzero((first >= 0x41) & (first <= 0x5A) & (heads.lengths >= 5))
     if not len(rows):
         return roles
-    data, begins = heads.data, heads.begins[rows]
+    begins = heads.begins[rows]
     ends = begins + heads.lengths[rows]
-    newlines = np.flatnonzero(data == LF)
     roles[rows[status_lines(data, begins, ends)]] = Role.RESPONSE
-    right, _ = request_lines(data, newlines, begins, ends)
-    roles[rows[right]] = Role.REQUEST
     rest = np.flatnonzero(roles[rows] == Role.NONE)
+    right, _ = request_lines(data, newlines, begins[rest], ends[rest])
+    roles[rows[rest[right]]] = Role.REQUEST
+    rest = rest[~right]
     cut = cut_off(data, newlines, begins[rest], ends[rest])
     roles[rows[rest[cut]]] = Role.REQUEST
     return roles
@@ -90,12 +104,16 @@ def keep(heads: Heads, roles: Roles) -> Kept:
     Masked: the query string, a fragment, user and password in a target, parameters of a path
     (`;jsessionid=`), segments like e-mail addresses and long secrets, other values, and bodies.
     """
-    kept = [_keep(block, roles[rows]) for rows, block in _blocks(heads)]
-    return np.concatenate(kept) if kept else np.zeros(0, np.bool_)
+    kept = [np.zeros(0, np.bool_)]
+    for rows, block in _blocks(heads):
+        data = padded(block.data)
+        kept.append(_keep(block, roles[rows], data, np.flatnonzero(data == LF)))
+    return np.concatenate(kept)
 
 
-def _keep(heads: Heads, roles: Roles) -> Kept:
-    data = heads.data
+def _keep(heads: Heads, roles: Roles, data: Bytes, newlines: Numbers) -> Kept:
+    if not roles.any():
+        return np.zeros(len(heads.data), np.bool_)
     kinds = kinds_of(data)
     # Ranges as +1 where one begins and -1 where it ends: their running sum is what is kept.
     steps = np.zeros(len(data) + 1, np.int8)
@@ -103,8 +121,7 @@ def _keep(heads: Heads, roles: Roles) -> Kept:
     odd_bytes = np.flatnonzero((kinds & ODD) != 0)
     odd_begins: list[Numbers] = []
     odd_ends: list[Numbers] = []
-    newlines = np.flatnonzero(data == LF)
-    for part in walk(heads, roles, kinds):
+    for part in walk(heads, roles, data, kinds, newlines):
         steps[part.begins] += 1
         steps[part.line_ends] -= 1
         named = part.colons >= 0
@@ -122,10 +139,10 @@ def _keep(heads: Heads, roles: Roles) -> Kept:
         steps[ends] += 1
         odd = (query - lines >= LONG_SECRET_BYTES) | (next_place(odd_bytes, lines, query) < query)
         lines, query = lines[odd], query[odd]
-        space = bytes_at(data, lines[:, None] + np.arange(LONGEST_METHOD + 1)) == SPACE
+        space = data[lines[:, None] + np.arange(LONGEST_METHOD + 1)] == SPACE
         odd_begins.append(np.minimum(lines + space.argmax(axis=1) + 1, query))
         odd_ends.append(query)
-    kept: Kept = np.cumsum(steps[:-1], dtype=np.int8) > 0
+    kept: Kept = np.cumsum(steps[: len(heads.data)], dtype=np.int8) > 0
     if odd_begins:
         begins = np.concatenate(odd_begins)
         lengths = np.concatenate(odd_ends) - begins
@@ -137,9 +154,10 @@ def _keep(heads: Heads, roles: Roles) -> Kept:
 
 def parse_requests(heads: Heads) -> pl.DataFrame:
     """Columns of REQUEST_SCHEMA: `GET /users/{id}` as operation, `GET /users/17?full=1` as detail."""
-    newlines = np.flatnonzero(heads.data == LF)
+    data = padded(heads.data)
+    newlines = np.flatnonzero(data == LF)
     ends = heads.begins + heads.lengths
-    right, target_ends = request_lines(heads.data, newlines, heads.begins, ends)
+    right, target_ends = request_lines(data, newlines, heads.begins, ends)
     lines = Heads(heads.data, heads.begins, target_ends - heads.begins, heads.totals)
     text = (
         lines.take(np.arange(len(lines)))
@@ -176,9 +194,14 @@ def _counts(heads: Heads) -> NDArray[np.uint32]:
     rows = np.flatnonzero(goes_on(heads))
     longer = heads.take(rows)
     roles = np.full(len(rows), Role.REQUEST, np.uint8)
-    for part in walk(longer, roles, kinds_of(longer.data))[1:]:
+    for part in _walked(longer, roles)[1:]:
         counts[rows[part.rows]] += 1
     return counts
+
+
+def _walked(heads: Heads, roles: Roles) -> list[Part]:
+    data = padded(heads.data)
+    return walk(heads, roles, data, kinds_of(data), np.flatnonzero(data == LF))
 
 
 _REASONS: Final = {str(status.value): status.phrase for status in HTTPStatus}
@@ -188,15 +211,15 @@ def parse_responses(heads: Heads) -> pl.DataFrame:
     """Columns of RESPONSE_SCHEMA, of the last response in the head: after interim ones, the final."""
     begins = heads.begins.copy()
     ends = heads.begins + heads.lengths
-    rows = np.flatnonzero((bytes_at(heads.data, begins + 9) == 0x31) & goes_on(heads))
+    data = padded(heads.data)
+    rows = np.flatnonzero((data[begins + 9] == 0x31) & goes_on(heads))
     longer = heads.take(rows)
     roles = np.full(len(rows), Role.RESPONSE, np.uint8)
-    for part in walk(longer, roles, kinds_of(longer.data)):
+    for part in _walked(longer, roles):
         begins[rows[part.rows]] = heads.begins[rows[part.rows]] + (
             part.begins - longer.begins[part.rows]
         )
-    newlines = np.flatnonzero(heads.data == LF)
-    line_ends = line_ends_of(heads.data, newlines, begins, ends)
+    line_ends = line_ends_of(data, np.flatnonzero(data == LF), begins, ends)
     text = Heads(heads.data, begins, line_ends - begins, heads.totals).text()
     line = text.str.replace_all("\x7f", "\ufffd", literal=True).rename("line").to_frame()
     reason = pl.col("line").str.slice(13).str.strip_chars()
@@ -226,4 +249,11 @@ def parse_responses(heads: Heads) -> pl.DataFrame:
     )
 
 
-PROTOCOL: Final = Protocol("http", recognise, keep, parse_requests, parse_responses)
+PROTOCOL: Final = Protocol(
+    "http",
+    recognise,
+    keep,
+    parse_requests,
+    parse_responses,
+    recognise_and_keep=recognise_and_keep,
+)

@@ -36,10 +36,18 @@ KEPT_HEADERS: Final = (
     b"server",
 )
 _CONTENT_LENGTH, _TRANSFER_ENCODING = 1, 2  # places in KEPT_HEADERS, from 1
+_LONGEST_NAME: Final = max(map(len, KEPT_HEADERS))
+# The only one of KEPT_HEADERS, from 1, that has a length and a first letter; and all their bytes.
+_CANDIDATES: Final = np.zeros((_LONGEST_NAME + 2, 256), np.uint8)
+_NAMES: Final = np.zeros((len(KEPT_HEADERS) + 1, _LONGEST_NAME), np.uint8)
+for _number, _name in enumerate(KEPT_HEADERS, 1):
+    _CANDIDATES[len(_name), _name[0]] = _number
+    _NAMES[_number, : len(_name)] = list(_name)
 
 # Requests of one head beyond this are not looked at; 512 bytes hold 28 of the shortest.
 _MOST_MESSAGES: Final = 256
 _UNKNOWN: Final = 1 << 60  # a length that nobody can tell
+_ROOM: Final = 64
 
 _CR, LF, SPACE, _COLON = 0x0D, 0x0A, 0x20, 0x3A
 _VERSION: Final = np.frombuffer(b"HTTP/1.", np.uint8)
@@ -76,27 +84,25 @@ def next_place(places: Numbers, after: Numbers, limit: Numbers) -> Numbers:
     return nearest
 
 
-def bytes_at(data: Bytes, places: Numbers) -> Bytes:
-    """Bytes at places, zero where a place is outside of the buffer."""
-    if not len(data):
-        return np.zeros(places.shape, np.uint8)
-    inside = (places >= 0) & (places < len(data))
-    return np.where(inside, data[np.where(inside, places, 0)], 0).astype(np.uint8)
+def padded(data: Bytes) -> Bytes:
+    """The data and zeros, so that every place near to them may be looked at: before them, too,
+    since a negative place counts from the end."""
+    return np.concatenate([data, np.zeros(_ROOM, np.uint8)])
 
 
 def _says_version(data: Bytes, places: Numbers) -> NDArray[np.bool_]:
     """Whether `HTTP/1.0` or `HTTP/1.1` stands at each place."""
-    seen = bytes_at(data, places + 7)
+    seen = data[places + 7]
     right: NDArray[np.bool_] = (seen == 0x30) | (seen == 0x31)
     for column, byte in enumerate(_VERSION):
-        right &= bytes_at(data, places + column) == byte
+        right &= data[places + column] == byte
     return right
 
 
 def line_ends_of(data: Bytes, newlines: Numbers, begins: Numbers, ends: Numbers) -> Numbers:
     """Where the text of each line ends: before its CR LF or LF, or where the head ends."""
     stops = next_place(newlines, begins, ends)
-    cut = (stops < ends) & (stops > begins) & (bytes_at(data, stops - 1) == _CR)
+    cut = (stops < ends) & (stops > begins) & (data[stops - 1] == _CR)
     text_ends: Numbers = stops - cut
     return text_ends
 
@@ -109,8 +115,8 @@ def request_lines(
     whole = next_place(newlines, begins, ends) < ends
     rows = np.flatnonzero(whole & (line_ends - begins >= len("A / HTTP/1.1")))
     rows = rows[_says_version(data, line_ends[rows] - 8)]
-    rows = rows[bytes_at(data, line_ends[rows] - 9) == SPACE]
-    start = bytes_at(data, begins[rows, None] + np.arange(LONGEST_METHOD + 1))
+    rows = rows[data[line_ends[rows] - 9] == SPACE]
+    start = data[begins[rows, None] + np.arange(LONGEST_METHOD + 1)]
     spaces = start == SPACE
     method = np.where(spaces.any(axis=1), spaces.argmax(axis=1), LONGEST_METHOD + 1)
     letters = ((start >= 0x41) & (start <= 0x5A)) | (start == 0x2D)
@@ -125,14 +131,14 @@ def request_lines(
 def status_lines(data: Bytes, begins: Numbers, ends: Numbers) -> NDArray[np.bool_]:
     """Whether a status line begins at each place: `HTTP/1.1 200`, with or without a reason."""
     right: NDArray[np.bool_] = (
-        (ends - begins >= 12) & _says_version(data, begins) & (bytes_at(data, begins + 8) == SPACE)
+        (ends - begins >= 12) & _says_version(data, begins) & (data[begins + 8] == SPACE)
     )
-    first = bytes_at(data, begins + 9)
+    first = data[begins + 9]
     right &= (first >= 0x31) & (first <= 0x39)
     for column in (10, 11):
-        digit = bytes_at(data, begins + column)
+        digit = data[begins + column]
         right &= (digit >= 0x30) & (digit <= 0x39)
-    after = bytes_at(data, begins + 12)
+    after = data[begins + 12]
     right &= (ends - begins == 12) | (after == SPACE) | (after == _CR) | (after == LF)
     return right
 
@@ -142,7 +148,7 @@ def cut_off(data: Bytes, newlines: Numbers, begins: Numbers, ends: Numbers) -> N
     right = np.zeros(len(begins), np.bool_)
     rows = np.flatnonzero(next_place(newlines, begins, ends) == ends)
     # Few heads are cut off there, so the rest may cost more: but first see that there is a space.
-    start = bytes_at(data, begins[rows, None] + np.arange(LONGEST_METHOD))
+    start = data[begins[rows, None] + np.arange(LONGEST_METHOD)]
     rows = rows[(start == SPACE).any(axis=1)]
     if len(rows):
         lines = Heads(data, begins[rows], (ends - begins)[rows], (ends - begins)[rows])
@@ -167,13 +173,15 @@ class Part:
 def _before_empty_lines(data: Bytes, newlines: Numbers) -> NDArray[np.intp]:
     """Which newlines are followed by an empty line, if the next newline is in the same head."""
     gaps = np.diff(newlines)
-    return np.flatnonzero((gaps == 1) | ((gaps == 2) & (bytes_at(data, newlines[:-1] + 1) == _CR)))
+    return np.flatnonzero((gaps == 1) | ((gaps == 2) & (data[newlines[:-1] + 1] == _CR)))
 
 
-def walk(heads: Heads, roles: Roles, kinds: Bytes) -> list[Part]:
-    """Steps through messages: all first ones, all second ones, as far as it is sure that they are."""
-    data, head_ends = heads.data, heads.begins + heads.lengths
-    newlines = np.flatnonzero(data == LF)
+def walk(heads: Heads, roles: Roles, data: Bytes, kinds: Bytes, newlines: Numbers) -> list[Part]:
+    """Steps through messages: all first ones, all second ones, as far as it is sure that they are.
+
+    `data` are the heads' data, padded; `kinds` those of their bytes, `newlines` where these stand.
+    """
+    head_ends = heads.begins + heads.lengths
     # An empty line follows the newlines at these places in `newlines`.
     empty = _before_empty_lines(data, newlines)
     others = np.flatnonzero((kinds & _TOKEN) == 0)  # bytes that end a header's name
@@ -202,7 +210,7 @@ def walk(heads: Heads, roles: Roles, kinds: Bytes) -> list[Part]:
         line_ends = np.append(newlines, len(data))[before + 1]
         line_ends = np.minimum(line_ends, limits[message])
         colons = next_place(others, line_begins, line_ends)
-        named = (colons > line_begins) & (colons < line_ends) & (bytes_at(data, colons) == _COLON)
+        named = (colons > line_begins) & (colons < line_ends) & (data[colons] == _COLON)
         colons = np.where(named, colons, -1)
         part = Part(
             rows=rows,
@@ -216,9 +224,12 @@ def walk(heads: Heads, roles: Roles, kinds: Bytes) -> list[Part]:
         )
         parts.append(part)
         # What comes next? Only heads with more bytes after the empty line are of interest.
+        goes = ended & (stop < limits)
+        if not goes.any():
+            break
         body = _body_lengths(data, part, message)
         response = roles[rows] == Role.RESPONSE
-        status = bytes_at(data, begins[:, None] + np.arange(9, 12)) - 0x30
+        status = data[begins[:, None] + np.arange(9, 12)] - 0x30
         interim = (status[:, 0] == 1) & ~((status[:, 1] == 0) & (status[:, 2] == 1))
         body = np.where(response, np.where(interim, 0, _UNKNOWN), body)
         after = stop + body
@@ -233,14 +244,13 @@ def walk(heads: Heads, roles: Roles, kinds: Bytes) -> list[Part]:
 
 def _names(data: Bytes, begins: Numbers, colons: Numbers) -> Numbers:
     """Which of KEPT_HEADERS each header line is, from 1; 0: another."""
-    names = np.zeros(len(begins), np.int64)
-    lengths = colons - begins
-    first = bytes_at(data, begins) | 0x20
-    for number, name in enumerate(KEPT_HEADERS, 1):
-        lines = np.flatnonzero((lengths == len(name)) & (first == name[0]))
-        # All bytes are of a token, among which | 0x20 makes small letters and changes no hyphen.
-        said = data[begins[lines, None] + np.arange(len(name))] | 0x20
-        names[lines[(said == np.frombuffer(name, np.uint8)).all(axis=1)]] = number
+    lengths = np.clip(colons - begins, 0, _LONGEST_NAME + 1)
+    names: Numbers = _CANDIDATES[lengths, data[begins] | 0x20].astype(np.int64)
+    lines = np.flatnonzero(names)
+    # All bytes are of a token, among which | 0x20 makes small letters and changes no hyphen.
+    said = data[begins[lines, None] + np.arange(_LONGEST_NAME)] | 0x20
+    wanted = _NAMES[names[lines]]
+    names[lines[((said != wanted) & (wanted > 0)).any(axis=1)]] = 0
     return names
 
 
@@ -248,20 +258,17 @@ def _body_lengths(data: Bytes, part: Part, message: NDArray[np.intp]) -> Numbers
     """How long each request's body is by its headers: 0 without any, _UNKNOWN if that is not sure."""
     lengths = np.zeros(len(part.rows), np.int64)
     lines = np.flatnonzero(part.header_names == _CONTENT_LENGTH)
-    places = part.colons[lines] + 1
-    values = np.zeros(len(lines), np.int64)
-    digits = np.zeros(len(lines), np.int64)
-    sure = np.ones(len(lines), np.bool_)
-    for column in range(20):
-        place = places + column
-        byte = np.where(place < part.header_ends[lines], bytes_at(data, place), _CR)
-        digit = (byte >= 0x30) & (byte <= 0x39)
-        blank = (byte == SPACE) | (byte == 0x09) | (byte == _CR)
-        values = np.where(digit & (digits < 17), values * 10 + (byte - 0x30), values)
-        digits += digit
-        sure &= digit | blank
-    sure &= (digits > 0) & (digits < 17)
-    np.maximum.at(lengths, message[lines], np.where(sure, values, _UNKNOWN))
+    places = part.colons[lines, None] + np.arange(1, 21)
+    byte = np.where(places < part.header_ends[lines, None], data[places], _CR)
+    digit = (byte >= 0x30) & (byte <= 0x39)
+    digits = digit.sum(axis=1)
+    blank = (byte == SPACE) | (byte == 0x09) | (byte == _CR)
+    sure = (digit | blank).all(axis=1) & (digits > 0) & (digits < 17)
+    power = np.where(digit, digits[:, None] - np.cumsum(digit, axis=1), 0)[sure]
+    values = np.full(len(lines), _UNKNOWN)
+    figures = np.where(digit, byte - 0x30, 0)[sure].astype(np.int64)
+    values[sure] = (figures * 10**power).sum(axis=1)
+    np.maximum.at(lengths, message[lines], values)
     lengths[message[part.header_names == _TRANSFER_ENCODING]] = _UNKNOWN
     return lengths
 
@@ -269,8 +276,9 @@ def _body_lengths(data: Bytes, part: Part, message: NDArray[np.intp]) -> Numbers
 def goes_on(heads: Heads) -> NDArray[np.bool_]:
     """Whether anything follows the first empty line of each head."""
     ends = heads.begins + heads.lengths
-    newlines = np.flatnonzero(heads.data == LF)
-    empty = _before_empty_lines(heads.data, newlines)
+    data = padded(heads.data)
+    newlines = np.flatnonzero(data == LF)
+    empty = _before_empty_lines(data, newlines)
     # Of an empty line, its own newline is the next one.
     longer: NDArray[np.bool_] = next_place(newlines[empty + 1], heads.begins, ends) + 1 < ends
     return longer

@@ -45,6 +45,9 @@ _DIFFERENT: Final = 3
 # So many runs at a time that what SipHash works on stays in a CPU's cache.
 _BLOCK: Final = 8192
 _KEY_BYTES: Final = 16
+# Runs of one word of 8 are looked up by so many bits of a product with any odd number.
+_SLOT_BITS: Final = 14
+_SPREAD: Final = np.uint64(0x9E3779B97F4A7C15)
 
 
 def new_key() -> bytes:
@@ -62,12 +65,13 @@ def mask(heads: Heads, kept: NDArray[np.bool_], key: bytes) -> Heads:
     if not size:
         return heads
     classes = np.frombuffer(data.tobytes().translate(_CLASSES), np.uint8)
-    masked = ~kept
+    # Classes are bits, and nothing is left of those of a kept byte.
+    classes = classes & (kept.view(np.uint8) - np.uint8(1))
     # Room at the end, for words of 8 bytes that begin within.
     result = np.zeros(size + 8, np.uint8)
     result[:size] = data
-    result[np.flatnonzero((classes == _CONTROL) & masked)] = ord(".")
-    begins, lengths = _runs((classes == _WORD) & masked, heads)
+    result[np.flatnonzero(classes == _CONTROL)] = ord(".")
+    begins, lengths = _runs(classes == _WORD, heads)
     if len(begins):
         _write_tokens(eight_bytes(result), begins, lengths, _hashes(result, begins, lengths, key))
     return Heads(result[:size], heads.begins, heads.lengths, heads.totals)
@@ -80,16 +84,17 @@ def eight_bytes(data: Bytes) -> Words:
 
 def _runs(word: NDArray[np.bool_], heads: Heads) -> tuple[Numbers, Numbers]:
     """Begin and length of each run; none crosses from one head to the next."""
-    before = np.zeros(len(word) + 1, np.bool_)
-    before[1:] = word
-    after = np.zeros(len(word) + 1, np.bool_)
-    after[:-1] = word
-    filled = heads.begins[heads.lengths > 0]
-    before[filled] = False
-    after[filled] = False
-    begins = np.flatnonzero(word & ~before[:-1])
-    ends = np.flatnonzero(word & ~after[1:])
-    return begins, ends + 1 - begins
+    changes = np.empty(len(word) + 1, np.bool_)
+    changes[0], changes[-1] = word[0], word[-1]
+    np.not_equal(word[1:], word[:-1], out=changes[1:-1])
+    edges = np.flatnonzero(changes)
+    inner = heads.begins[(heads.lengths > 0) & (heads.begins > 0)]
+    across = inner[word[inner] & word[inner - 1]]
+    if len(across):
+        # one run ends there and another begins
+        edges = np.sort(np.concatenate([edges, across, across]))
+    begins = edges[::2]
+    return begins, edges[1::2] - begins
 
 
 def _write_tokens(
@@ -130,9 +135,13 @@ def _hashes(
         np.zeros(len(begins), np.uint64),
     )
     words = eight_bytes(data)
-    for first in range(0, len(begins), _BLOCK):
-        block = slice(first, first + _BLOCK)
-        _hash_block(words, begins[block], lengths[block], key, [each[block] for each in hashes])
+    chosen, short, same = _different(words, begins, lengths)
+    for first in range(0, len(chosen), _BLOCK):
+        rows = chosen[first : first + _BLOCK]
+        some = _hash_block(words, begins[rows], lengths[rows], key)
+        for whole, part in zip(hashes, some, strict=True):
+            whole[rows] = part
+    hashes[0][short] = hashes[0][same]
     rows = np.flatnonzero(lengths >= _LONG)
     if len(rows):
         sums = _sums(data, begins[rows], lengths[rows], key)
@@ -144,10 +153,27 @@ def _hashes(
     return hashes
 
 
-def _hash_block(
-    words: Words, begins: Numbers, lengths: Numbers, key: bytes, hashes: list[Words]
-) -> None:
-    """SipHash-1-3 of the runs that are not long, into `hashes`."""
+def _different(words: Words, begins: Numbers, lengths: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+    """Runs to be hashed; and those of at most 8 bytes, with one for each that is the same.
+
+    Most runs are short, and few of them differ.
+    """
+    short = np.flatnonzero(lengths <= 8)
+    text = words[begins[short]] & _INSIDE[lengths[short]]
+    slots = ((text * _SPREAD) >> np.uint64(64 - _SLOT_BITS)).astype(np.intp)
+    owners = np.empty(1 << _SLOT_BITS, np.intp)
+    owners[slots] = np.arange(len(short))
+    owner = owners[slots]
+    # two runs that meet in a slot are both hashed
+    owner = np.where(text[owner] == text, owner, np.arange(len(short)))
+    same = short[owner]
+    hashed = lengths > 8
+    hashed[same] = True
+    return np.flatnonzero(hashed), short, same
+
+
+def _hash_block(words: Words, begins: Numbers, lengths: Numbers, key: bytes) -> list[Words]:
+    """SipHash-1-3 of the runs that are not long: the three words of `_hashes`."""
     state = _SipHash(key, len(begins))
     rest = np.where(lengths < _LONG, lengths, 0)
     rows, offset = np.flatnonzero(rest >= 8), 0
@@ -158,13 +184,18 @@ def _hash_block(
     # The last word is what is left, and the length.
     last = words[np.minimum(begins + (lengths & ~7), len(words) - 1)] & _INSIDE[rest]
     state.add(last | (lengths.astype(np.uint64) << np.uint64(56)))
-    hashes[0][:] = state.finish(0xFF)
+    hashes = [
+        state.finish(0xFF),
+        np.zeros(len(begins), np.uint64),
+        np.zeros(len(begins), np.uint64),
+    ]
     # The first word makes 7 characters.
     rows = np.flatnonzero(lengths > 8)
     if len(rows):
         more = state.of(rows)
         hashes[1][rows] = more.finish(0xDD)
         hashes[2][rows] = more.finish(0xEE)
+    return hashes
 
 
 def _sums(data: Bytes, begins: Numbers, lengths: Numbers, key: bytes) -> list[Words]:

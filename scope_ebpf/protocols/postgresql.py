@@ -17,6 +17,7 @@ from scope_ebpf.protocols import sql
 from scope_ebpf.protocols.contract import (
     REQUEST_SCHEMA,
     RESPONSE_SCHEMA,
+    Kept,
     Protocol,
     Role,
     Roles,
@@ -30,6 +31,7 @@ from scope_ebpf.protocols.postgresql_kept import (
     STARTUPS,
     fields_of_errors,
     keep,
+    keep_of,
     number_in,
     startups,
     values_of_bind,
@@ -39,6 +41,7 @@ from scope_ebpf.protocols.postgresql_messages import (
     FROM_SERVER,
     Messages,
     Strings,
+    bytes_among,
     messages,
 )
 from scope_ebpf.protocols.sql_errors import POSTGRESQL_CONDITIONS
@@ -59,14 +62,28 @@ _NAMES: Final = {
 
 
 def _recognise(heads: Heads) -> Roles:
-    found = [_recognise_some(some) for some in sql.chunks(heads, sql.RECOGNISED_CHUNK)]
+    found = [_recognise_some(some)[0] for some in sql.chunks(heads, sql.RECOGNISED_CHUNK)]
     return np.concatenate(found) if found else np.zeros(0, np.uint8)
 
 
-def _recognise_some(heads: Heads) -> Roles:
+def _recognise_and_keep(heads: Heads) -> tuple[Roles, Kept]:
+    roles, kept = [np.zeros(0, np.uint8)], [np.zeros(0, np.bool_)]
+    for some in sql.chunks(heads, sql.RECOGNISED_CHUNK):
+        role, asked, told = _recognise_some(some)
+        started = startups(some) > 0
+        asked = asked.take((role == Role.REQUEST)[asked.rows] & ~started[asked.rows])
+        told = told.take((role == Role.RESPONSE)[told.rows])
+        roles.append(role)
+        kept.append(keep_of(some, asked, told, np.flatnonzero(started)))
+    return np.concatenate(roles), np.concatenate(kept)
+
+
+def _recognise_some(heads: Heads) -> tuple[Roles, Messages, Messages]:
+    """Roles, and the messages of the heads that may be a client's, and a server's."""
     roles = np.zeros(len(heads), np.uint8)
     if not len(heads.data):
-        return roles
+        nothing = messages(heads, FROM_CLIENT, roles > 0)
+        return roles, nothing, nothing
     front = heads.matrix(12)
     kinds = front[:, 0]
     length = number_in(front, 1)
@@ -76,17 +93,19 @@ def _recognise_some(heads: Heads) -> Roles:
     # A long message that was sent in pieces is only taken when its text looks like a text.
     beyond = length + 1 > heads.totals
     text = ((front[:, 5:12] >= 9) & (front[:, 5:12] < 0x7F)).all(axis=1)
-    request &= ~beyond | (text & np.isin(kinds, [*b"QP"]) & (length < 1 << 26))
-    response &= ~beyond | (np.isin(kinds, [*b"TD"]) & (length < 1 << 24))
-    server = messages(heads, FROM_SERVER, response).tiled
+    request &= ~beyond | (text & bytes_among("QP")[kinds] & (length < 1 << 26))
+    response &= ~beyond | (bytes_among("TD")[kinds] & (length < 1 << 24))
+    told = messages(heads, FROM_SERVER, response)
+    server = told.tiled.copy()
     # COPY goes both ways; what a server sends begins with a CopyOutResponse, or ends with more.
-    copies = np.isin(kinds, [*b"dc"])
-    client = messages(heads, FROM_CLIENT, request & (~server | copies)).tiled
+    copies = bytes_among("dc")[kinds]
+    asked = messages(heads, FROM_CLIENT, request & (~server | copies))
+    client = asked.tiled
     server &= ~client
     roles[client] = Role.REQUEST
     roles[server] = Role.RESPONSE
     roles[startups(heads) > 0] = Role.REQUEST
-    return roles
+    return roles, asked, told
 
 
 def _plausible_request(heads: Heads, front: Bytes) -> NDArray[np.bool_]:
@@ -110,7 +129,7 @@ def _plausible_request(heads: Heads, front: Bytes) -> NDArray[np.bool_]:
         "f": name & closed,
         "p": ~((length + 1) != heads.totals),
     }
-    plausible = np.isin(kinds, [*b"HSXdc"]) & (length + 1 <= heads.totals)
+    plausible = bytes_among("HSXdc")[kinds] & (length + 1 <= heads.totals)
     for kind, good in cases.items():
         plausible |= (kinds == ord(kind)) & good
     return plausible
@@ -147,7 +166,7 @@ def _plausible_response(front: Bytes, length: Numbers) -> NDArray[np.bool_]:
     cases = {
         "R": (front[:, 5:8] == 0).all(axis=1) & (front[:, 8] <= 12),
         "S": letter,
-        "Z": np.isin(body, [*b"ITE"]),
+        "Z": bytes_among("ITE")[front[:, 5]],
         "K": length >= 12,
         "t": length == 6 + 4 * columns,
         "T": (columns < 1665) & (length >= 6 + 19 * columns),
@@ -161,7 +180,7 @@ def _plausible_response(front: Bytes, length: Numbers) -> NDArray[np.bool_]:
         "W": (body <= 1) & (length >= 7),
         "v": (front[:, 5:7] == 0).all(axis=1),
     }
-    plausible = np.isin(kinds, [*b"123nsIdcV"])
+    plausible = bytes_among("123nsIdcV")[kinds]
     for kind, good in cases.items():
         plausible |= (kinds == ord(kind)) & good
     return plausible
@@ -402,4 +421,5 @@ PROTOCOL: Final = Protocol(
     keep=keep,
     parse_requests=_parse_requests,
     parse_responses=_parse_responses,
+    recognise_and_keep=_recognise_and_keep,
 )

@@ -16,6 +16,7 @@ from scope_ebpf.protocols.postgresql_messages import (
     FROM_SERVER,
     Messages,
     Strings,
+    bytes_among,
     messages,
     number_at,
 )
@@ -32,9 +33,10 @@ STARTUPS: Final = {
     _GSS: "GSSENCRequest",
 }
 _KEPT_SETTINGS: Final = (b"user", b"database", b"application_name", b"client_encoding")
+_SETTING_BYTES: Final = np.arange(max(map(len, _KEPT_SETTINGS)))
 
 # Fields of errors that say nothing about values: severity, code, places, names of objects.
-_KEPT_ERROR_FIELDS: Final = np.frombuffer(b"SVCPpFLRstcdn", np.uint8)
+_KEPT_ERROR_FIELDS: Final = bytes_among("SVCPpFLRstcdn")
 
 NOTIFY_CALL: Final = r"(?is)\bpg_notify\s*\(\s*"
 NOTIFY_BY_PARAMETERS: Final = NOTIFY_CALL + r"\$1\s*(?:::\w+\s*)?,\s*\$2"
@@ -58,15 +60,21 @@ def startups(heads: Heads) -> Numbers:
 
 
 def keep(heads: Heads, roles: Roles) -> Kept:
-    requests, responses = roles == Role.REQUEST, roles == Role.RESPONSE
     starts = startups(heads) > 0
+    asked = messages(heads, FROM_CLIENT, (roles == Role.REQUEST) & ~starts)
+    told = messages(heads, FROM_SERVER, roles == Role.RESPONSE)
+    return keep_of(heads, asked, told, np.flatnonzero((roles == Role.REQUEST) & starts))
+
+
+def keep_of(heads: Heads, asked: Messages, told: Messages, starts: NDArray[np.intp]) -> Kept:
+    """What is kept of requests and responses made of these messages, and of startup messages."""
     kept = np.zeros(len(heads.data), np.bool_)
-    if requests.any():
-        kept |= _keep_of_requests(heads, messages(heads, FROM_CLIENT, requests & ~starts))
-    if (requests & starts).any():
-        kept |= _keep_of_startups(heads, np.flatnonzero(requests & starts))
-    if responses.any():
-        kept |= _keep_of_responses(heads, messages(heads, FROM_SERVER, responses))
+    if len(asked.rows):
+        kept |= _keep_of_requests(heads, asked)
+    if len(starts):
+        kept |= _keep_of_startups(heads, starts)
+    if len(told.rows):
+        kept |= _keep_of_responses(heads, told)
     return kept
 
 
@@ -154,11 +162,10 @@ def _keep_of_startups(heads: Heads, rows: NDArray[np.intp]) -> Kept:
         values = np.minimum(ends + 1, limit)
         after = strings.ends(values, limit)
         known = np.zeros(len(rows), np.bool_)
+        start = data[np.minimum(here[:, None] + _SETTING_BYTES, len(data) - 1)]
         for name in _KEPT_SETTINGS:
-            same = ends - here == len(name)
-            for offset, byte in enumerate(name):
-                same &= data[np.minimum(here + offset, len(data) - 1)] == byte
-            known |= same
+            same = (start[:, : len(name)] == np.frombuffer(name, np.uint8)).all(axis=1)
+            known |= same & (ends - here == len(name))
         following = np.minimum(after + 1, limit)
         ranges += [(here, values, 1), (np.where(known, values, after), following, 1)]
         here = following
@@ -191,7 +198,7 @@ def _keep_of_responses(heads: Heads, found: Messages) -> Kept:
         ranges.append((stops, np.maximum(begins, stops), 1))
     failed = found.of("E", "N")
     for codes, begins, ends in fields_of_errors(data, strings, failed):
-        hidden = ~np.isin(codes, _KEPT_ERROR_FIELDS)
+        hidden = ~_KEPT_ERROR_FIELDS[codes]
         texts = np.minimum(begins + 1, ends)
         after = np.minimum(ends + 1, failed.stops)
         ranges += [(begins, texts, 1), (np.where(hidden, ends, texts), after, 1)]

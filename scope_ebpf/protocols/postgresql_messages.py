@@ -6,6 +6,7 @@ https://www.postgresql.org/docs/current/protocol-message-formats.html
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -107,7 +108,7 @@ class Messages:
 
     def of(self, *kinds: str) -> Messages:
         """Those of some types."""
-        return self.take(np.isin(self.kinds, [ord(kind) for kind in kinds]))
+        return self.take(bytes_among("".join(kinds))[self.kinds])
 
     def first(self) -> Messages:
         """The first one of each head that has one."""
@@ -122,25 +123,29 @@ def messages(heads: Heads, limits: tuple[Numbers, Numbers], allowed: NDArray[np.
     data, ends = heads.data, heads.begins + heads.lengths
     tiled = allowed & (heads.lengths >= 5)
     rows = np.flatnonzero(tiled)
-    here = heads.begins[rows]
+    here, end = heads.begins[rows], ends[rows]
+    numbers = _four_bytes(data)
     found: list[tuple[NDArray[Any], ...]] = []
     for _ in range(MOST_MESSAGES):
         if not len(rows):
             break
         kinds = data[here]
-        length = number_at(data, here + 1, 4)
+        length = numbers[here + 1].astype(np.int64)
         known = (length >= smallest[kinds]) & (length <= largest[kinds])
-        tiled[rows[~known]] = False
-        rows, here, kinds, length = rows[known], here[known], kinds[known], length[known]
+        if not known.all():
+            tiled[rows[~known]] = False
+            rows, here, end = rows[known], here[known], end[known]
+            kinds, length = kinds[known], length[known]
         after = here + 1 + length
-        end = ends[rows]
-        found.append((rows, kinds.astype(np.int64), here + 5, np.minimum(after, end), after <= end))
+        found.append((rows, kinds, here + 5, np.minimum(after, end), after <= end))
+        more = np.flatnonzero(after < end)
+        rows, here, end = rows[more], after[more], end[more]
         # The next header is torn only where the head is.
-        cut = (after < end) & (after + 5 > end)
-        torn = cut & (heads.totals[rows] - heads.lengths[rows] < after + 5 - end)
-        tiled[rows[torn]] = False
-        more = (after < end) & ~cut
-        rows, here = rows[more], after[more]
+        cut = here + 5 > end
+        if cut.any():
+            torn = cut & (heads.totals[rows] - heads.lengths[rows] < here + 5 - end)
+            tiled[rows[torn]] = False
+            rows, here, end = rows[~cut], here[~cut], end[~cut]
     if not found:
         nothing = np.empty(0, np.int64)
         return Messages(
@@ -152,22 +157,34 @@ def messages(heads: Heads, limits: tuple[Numbers, Numbers], allowed: NDArray[np.
         columns = [column[order] for column in columns]
     return Messages(
         columns[0],
-        columns[1].astype(np.uint8),
+        columns[1],
         columns[2],
         columns[3],
-        columns[4].astype(np.bool_),
+        columns[4],
         tiled,
     )
 
 
+def _four_bytes(data: Bytes) -> NDArray[np.uint32]:
+    """The big-endian number of 4 bytes from each place on, and from just behind the last one."""
+    room = np.zeros(len(data) + 8, np.uint8)
+    room[: len(data)] = data
+    return np.ndarray(len(data) + 5, ">u4", room.data, strides=(1,))
+
+
 def number_at(data: Bytes, at: Numbers, size: int) -> Numbers:
-    """Big-endian numbers of `size` bytes; zeros where the data have ended."""
-    last = len(data) - 1
-    value = np.zeros(len(at), np.int64)
-    for byte in range(size):
-        places = at + byte
-        value = (value << 8) | np.where(places <= last, data[np.minimum(places, last)], 0)
-    return value
+    """Big-endian numbers of `size` bytes, at most 4; zeros where the data have ended."""
+    numbers = _four_bytes(data)
+    value = numbers[np.minimum(at, len(data))].astype(np.int64)
+    return value >> (8 * (4 - size))
+
+
+@lru_cache(maxsize=64)
+def bytes_among(letters: str) -> NDArray[np.bool_]:
+    """Which bytes are these letters, as a table to look up many bytes in."""
+    table = np.zeros(256, np.bool_)
+    table[[ord(letter) for letter in letters]] = True
+    return table
 
 
 class Strings:

@@ -26,22 +26,36 @@ from scope_ebpf.protocols.redis_requests import is_key, parse_requests, read_req
 from scope_ebpf.protocols.resp import Items, Mask, Rows, padded
 
 _INLINE_BYTES: Final = 256
+# So many well-formed items are enough to know the protocol.
+_ITEMS_TO_KNOW: Final = 3
 # Words that replies and pushed messages begin with, and that tell nothing secret.
 _REPLIES: Final = resp.Names(("OK", "QUEUED", "PONG", "NOKEY", "CONTINUE", "RESET"))
 
 
 def recognise(heads: Heads) -> Roles:
     """REQUEST, RESPONSE or NONE for each head."""
+    return _recognise(heads)[0]
+
+
+def recognise_and_keep(heads: Heads) -> tuple[Roles, Kept]:
+    """What both say, after one walk over the items."""
+    roles, walked = _recognise(heads)
+    return roles, _keep(heads, roles, walked)
+
+
+def _recognise(heads: Heads) -> tuple[Roles, resp.Walked]:
+    """Roles, and the items of the heads that may be made of items."""
     roles = np.zeros(len(heads), np.uint8)
     some = np.flatnonzero(heads.lengths >= 3)
     first = heads.data[heads.begins[some]]
     _inline(heads, some[(first | 0x20) - ord("a") < 26], roles)
     rows = some[resp.begins_item(first)]
+    walked = resp.follow(heads, rows)
     if not len(rows):
-        return roles
-    items, sound, _ = resp.walk(heads, rows, 3)
+        return roles, walked
+    items = walked.items
     known = np.zeros(len(heads), np.bool_)
-    known[rows] = sound
+    known[rows] = walked.wrong_at >= _ITEMS_TO_KNOW
     data = padded(heads)
     leads = items.take(items.order == 0)
     good = known[leads.head]
@@ -49,24 +63,25 @@ def recognise(heads: Heads) -> Roles:
     size = leads.end - leads.begin
     letter = data[leads.begin]
     good &= (leads.kind != resp.ERROR) | ((letter >= ord("A")) & (letter <= ord("Z")) & (size >= 2))
-    good &= (leads.kind != resp.INTEGER) | _integers(data, leads)
+    integers = np.flatnonzero(leads.kind == resp.INTEGER)
+    good[integers] &= _integers(data, leads.take(integers))
     good &= (leads.kind != resp.NULL) | (size == 0)
-    good &= (leads.kind != resp.BOOLEAN) | ((size == 1) & np.isin(letter, (ord("t"), ord("f"))))
+    good &= (leads.kind != resp.BOOLEAN) | ((size == 1) & ((letter == 0x74) | (letter == 0x66)))
     good &= (leads.kind != resp.DOUBLE) | ((size > 0) & (size <= 32))
-    good &= np.isin(leads.kind, _COUNTED) | _printable(data, leads.begin, size)
+    lines = np.flatnonzero(~_COUNTED[leads.kind])
+    good[lines] &= _printable(data, leads.begin[lines], size[lines])
     roles[leads.head[good]] = Role.RESPONSE
     array = (leads.kind == resp.ARRAY) & (leads.number > 0) & good
     chosen = np.zeros(len(heads), np.bool_)
     chosen[leads.head[array]] = True
-    names = items.take(
-        chosen[items.head] & (items.order == 1) & (items.kind == resp.BULK) & items.whole
-    )
-    asks = table.NAMES.find(data, names.begin, names.end) >= 0
-    roles[names.head[asks]] = Role.REQUEST
-    return roles
+    names = (items.order == 1) & (items.kind == resp.BULK) & items.whole & chosen[items.head]
+    asks = table.NAMES.find(data, items.begin[names], items.end[names]) >= 0
+    roles[items.head[names][asks]] = Role.REQUEST
+    return roles, walked
 
 
-_COUNTED: Final = np.frombuffer(b"$!=*%~>|", np.uint8)
+_COUNTED: Final = np.zeros(256, np.bool_)
+_COUNTED[list(b"$!=*%~>|")] = True
 
 
 def _integers(data: NDArray[np.uint8], items: Items) -> Mask:
@@ -109,22 +124,29 @@ def _inline(heads: Heads, rows: Rows, roles: Roles) -> None:
 
 def keep(heads: Heads, roles: Roles) -> Kept:
     """Framing, commands, options, queue names, leading words of keys; status words of replies."""
+    return _keep(heads, roles, resp.follow(heads, np.flatnonzero(roles)))
+
+
+def _keep(heads: Heads, roles: Roles, walked: resp.Walked) -> Kept:
     kept = np.zeros(len(heads.data), np.bool_)
-    requests = np.flatnonzero(roles == Role.REQUEST)
-    array = heads.data[heads.begins[requests]] == resp.ARRAY if len(requests) else requests > 0
-    _keep_requests(heads, requests[array], kept)
-    typed = heads.begins[requests[~array]]
+    kept[walked.cuts[roles[walked.cut_heads] > 0]] = True
+    asked = np.flatnonzero(roles == Role.REQUEST)
+    array = heads.data[heads.begins[asked]] == resp.ARRAY if len(asked) else asked > 0
+    typed = heads.begins[asked[~array]]
     if len(typed):
         window = padded(heads)[typed[:, None] + np.arange(resp.Names.WIDTH)]
         size = np.argmax((window == 32) | (window == 13), axis=1)
         kept[resp.ranges(typed, size)] = True
-    _keep_responses(heads, np.flatnonzero(roles == Role.RESPONSE), kept)
+    items = walked.items
+    role = roles[items.head]
+    _keep_requests(heads, items.take(role == Role.REQUEST), kept)
+    _keep_responses(heads, items.take(role == Role.RESPONSE), kept)
     return kept
 
 
-def _keep_requests(heads: Heads, rows: Rows, kept: Kept) -> None:
-    items, _, cuts = resp.walk(heads, rows)
-    kept[cuts] = True
+def _keep_requests(heads: Heads, items: Items, kept: Kept) -> None:
+    if not len(items):
+        return
     kept[resp.ranges(items.at, items.begin - items.at)] = True
     found = read_requests(heads, items)
     arguments, name = found.arguments, found.name[found.command]
@@ -149,16 +171,15 @@ def _keep_requests(heads: Heads, rows: Rows, kept: Kept) -> None:
     kept[redis_names.key_words(found.data, arguments.begin[keys], size[keys])] = True
 
 
-def _keep_responses(heads: Heads, rows: Rows, kept: Kept) -> None:
-    items, _, cuts = resp.walk(heads, rows)
-    kept[cuts] = True
+def _keep_responses(heads: Heads, items: Items, kept: Kept) -> None:
     if not len(items):
         return
     data = padded(heads)
     size = items.end - items.begin
-    counted = np.isin(items.kind, _COUNTED)
+    counted = _COUNTED[items.kind]
     kept[resp.ranges(items.at[counted], (items.begin - items.at)[counted])] = True
-    plain = (items.kind == resp.INTEGER) & items.top & _integers(data, items)
+    plain = (items.kind == resp.INTEGER) & items.top
+    plain[plain] = _integers(data, items.take(plain))
     plain |= (items.kind == resp.BOOLEAN) | (items.kind == resp.NULL)
     lines = np.flatnonzero(items.kind == resp.SIMPLE)
     plain[lines[_REPLIES.find(data, items.begin[lines], items.end[lines]) >= 0]] = True
@@ -183,4 +204,5 @@ PROTOCOL: Final = Protocol(
     keep=keep,
     parse_requests=parse_requests,
     parse_responses=parse_responses,
+    recognise_and_keep=recognise_and_keep,
 )

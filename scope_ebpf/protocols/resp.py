@@ -18,8 +18,10 @@ from scope_ebpf.protocols.masking import eight_bytes
 Rows = NDArray[np.intp]
 Mask = NDArray[np.bool_]
 
-# Items of one head that are looked at.
+# Items of one head that are looked at; a power of two.
 MAX_ITEMS: Final = 128
+# So many heads at a time that what numpy makes of them stays in a CPU's cache.
+_BLOCK: Final = 4096
 # The longest bulk string that Redis takes, and more elements than any reply has.
 _MAX_NUMBER: Final = 1 << 31
 _MAX_LINE: Final = 1024
@@ -65,91 +67,176 @@ class Items:
         return Items(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
+@dataclass(frozen=True)
+class Walked:
+    """The items of some heads, and how each head's items end.
+
+    - `wrong_at`: of each of the chosen heads: the number of its first ill-formed item, or `MAX_ITEMS`
+    - `cuts`, `cut_heads`: where the items begin that the head cuts before their line's end, and
+      which heads these are
+    """
+
+    items: Items
+    wrong_at: Numbers
+    cuts: Numbers
+    cut_heads: Rows
+
+
 def walk(heads: Heads, rows: Rows, limit: int = MAX_ITEMS) -> tuple[Items, Mask, Numbers]:
-    """The items of the chosen heads, at most `limit` of each.
+    """The items of the chosen heads (ascending), at most `limit` of each.
+
+    Returned as well: for each of the chosen heads whether none of these was ill-formed, and where
+    the items that are cut begin.
+    """
+    found = follow(heads, rows)
+    items = found.items
+    if limit < MAX_ITEMS:
+        items = items.take(items.order < limit)
+    return items, found.wrong_at >= limit, found.cuts
+
+
+def follow(heads: Heads, rows: Rows) -> Walked:
+    """The items of the chosen heads (ascending), at most `MAX_ITEMS` of each.
 
     An item that is not well formed ends its head's items, and so does one that the head cuts before
-    its line's end. Returned as well: for each of the chosen heads whether nothing was ill-formed, and
-    where the items that are cut begin.
+    its line's end.
     """
-    data = padded(heads)
+    blocks = [_follow(heads, rows[at : at + _BLOCK]) for at in range(0, len(rows), _BLOCK)]
+    if len(blocks) == 1:
+        return blocks[0]
+    if not blocks:
+        nothing = _no_items()
+        return Walked(nothing, nothing.at, nothing.at, nothing.head)
+    columns = [
+        np.concatenate([getattr(block.items, name) for block in blocks])
+        for name in Items.__dataclass_fields__
+    ]
+    return Walked(
+        Items(*columns),
+        np.concatenate([block.wrong_at for block in blocks]),
+        np.concatenate([block.cuts for block in blocks]),
+        np.concatenate([block.cut_heads for block in blocks]),
+    )
+
+
+def _no_items() -> Items:
+    none = np.zeros(0, np.int64)
+    flags = none.astype(np.bool_)
+    return Items(none, none, none.astype(np.uint8), none, none, none, none, flags, flags)
+
+
+def _follow(heads: Heads, rows: Rows) -> Walked:
+    """Look at each line as if an item began there, then follow the items from each head's begin.
+
+    What is after an item is the begin of a line, so no item begins anywhere else.
+    """
+    wrong_at = np.full(len(rows), MAX_ITEMS, np.int64)
+    filled = np.flatnonzero(heads.lengths[rows])
+    if not len(filled):
+        nothing = _no_items()
+        return Walked(nothing, wrong_at, nothing.at, nothing.head)
+    head_begins = heads.begins[rows[filled]]
+    head_stops = head_begins + heads.lengths[rows[filled]]
+    first, last = int(head_begins[0]), int(head_stops[-1])
+    data = np.zeros(last - first + 48, np.uint8)
+    data[: last - first] = heads.data[first:last]
+    head_begins, head_stops = head_begins - first, head_stops - first
     line_ends = _line_ends(data)
-    at = heads.begins[rows]
-    stop = at + heads.lengths[rows]
-    waiting = np.zeros(len(rows), np.int64)
-    sound = np.ones(len(rows), np.bool_)
-    alive = np.flatnonzero(at < stop)
-    steps: list[tuple[NDArray[np.generic], ...]] = []
-    counts = np.zeros(len(rows), np.int64)
-    cuts = [np.zeros(0, np.int64)]
-    while len(alive) and len(steps) < limit:
-        begin, last = at[alive], stop[alive]
-        kind = data[begin]
-        sort = _SORTS[kind]
-        line = line_ends[np.searchsorted(line_ends, begin)]
-        ended = line < last - 1
-        bulk, aggregate, lined = sort == _BULK, sort == _AGGREGATE, sort == _LINE
-        counted = bulk | aggregate
-        number, good = _number(data, begin + 1, np.where(counted & ended, line, begin + 1))
-        good &= counted & ended
-        good |= lined & ended & (line - begin <= _MAX_LINE)
-        # A line that the head cuts is no item, and nothing wrong either.
-        wrong = ~good & (ended | (sort == 0))
-        cuts.append(begin[~ended & (sort > 0)])
-        content = np.where(lined, begin + 1, line + 2)
-        length = np.where(bulk, np.maximum(number, 0), 0)
-        end = np.where(lined, line, content + length)
-        # what follows: another \r\n after a bulk string that is not null
-        after = np.where(bulk & (number >= 0), end + 2, line + 2)
-        whole = end <= last
-        tail = bulk & (number >= 0) & (after <= last)
-        wrong |= (
-            good
-            & tail
-            & ((data[np.minimum(end, last)] != 13) | (data[np.minimum(end + 1, last)] != 10))
-        )
-        sound[alive[wrong]] = False
-        good &= ~wrong
-        top = waiting[alive] == 0
-        inner = np.where(aggregate, np.maximum(number, 0), 0)
-        inner <<= (kind == ord("%")) | (kind == ord("|"))
-        waiting[alive] += inner - ~top
-        going = np.flatnonzero(good)
-        steps.append(
-            (
-                alive[going],
-                np.full(len(going), len(steps)),
-                kind[going],
-                number[going],
-                begin[going],
-                np.minimum(content, last)[going],
-                np.minimum(end, last)[going],
-                whole[going],
-                top[going],
-            )
-        )
-        counts[alive[going]] += 1
-        at[alive] = after
-        alive = alive[going]
-        alive = alive[at[alive] < stop[alive]]
-    return _in_order(steps, counts, rows), sound, np.concatenate(cuts)
+    begin = _possible_begins(data, line_ends, head_begins, head_stops)
+    of = np.searchsorted(head_begins, begin, "right") - 1
+    stop = head_stops[of]
+    kind = data[begin]
+    sort = _SORTS[kind]
+    line = line_ends[np.searchsorted(line_ends, begin)]
+    ended = line < stop - 1
+    bulk, aggregate, lined = sort == _BULK, sort == _AGGREGATE, sort == _LINE
+    counted = (bulk | aggregate) & ended
+    number, good = np.zeros(len(begin), np.int64), lined & ended & (line - begin <= _MAX_LINE)
+    some = np.flatnonzero(counted)
+    number[some], good[some] = _number(data, begin[some] + 1, line[some])
+    # A line that the head cuts is no item, and nothing wrong either.
+    wrong = ~good & (ended | (sort == 0))
+    content = np.where(lined, begin + 1, line + 2)
+    # a null has nothing behind its line
+    sized = bulk & (number >= 0)
+    end = np.where(sized, content + number, np.where(lined, line, content))
+    after = np.where(sized, end + 2, line + 2)
+    some = np.flatnonzero(good & sized & (after <= stop))
+    some = some[(data[end[some]] != 13) | (data[end[some] + 1] != 10)]
+    wrong[some], good[some] = True, False
+    count = len(begin)
+    goes_on = good & (after < stop)
+    follows = np.where(goes_on, np.searchsorted(begin, after), count)
+    # where nothing can begin, what follows is wrong
+    lost = goes_on & (np.append(begin, -1)[follows] != after)
+    follows[lost] = count
+    reached = np.flatnonzero(_reached(follows, np.searchsorted(begin, head_begins)))
+    heads_of = of[reached]
+    starts = np.searchsorted(heads_of, np.arange(len(filled)))
+    number_of = np.arange(len(reached)) - starts[heads_of]
+    wrong_at[filled[heads_of]] = np.where(
+        wrong[reached], number_of, np.where(lost[reached], number_of + 1, MAX_ITEMS)
+    )
+    fine = good[reached]
+    cut = reached[~fine]
+    cut = cut[(~ended & (sort > 0))[cut]]
+    chosen, number_of, of_chosen = reached[fine], number_of[fine], of[reached[fine]]
+    inner = np.where(aggregate, np.maximum(number, 0), 0)[chosen]
+    inner <<= (kind[chosen] == ord("%")) | (kind[chosen] == ord("|"))
+    stop = stop[chosen]
+    end = end[chosen]
+    items = Items(
+        rows[filled[of_chosen]],
+        number_of,
+        kind[chosen],
+        number[chosen],
+        begin[chosen] + first,
+        np.minimum(content[chosen], stop) + first,
+        np.minimum(end, stop) + first,
+        end <= stop,
+        _tops(inner, of_chosen),
+    )
+    return Walked(items, wrong_at, begin[cut] + first, rows[filled[of[cut]]])
 
 
-def _in_order(steps: list[tuple[NDArray[np.generic], ...]], counts: Numbers, rows: Rows) -> Items:
-    """Items by head, from those by step."""
-    if not steps:
-        none = np.zeros(0, np.int64)
-        return Items(
-            none, none, none.astype(np.uint8), none, none, none, none,
-            none.astype(np.bool_), none.astype(np.bool_),
-        )  # fmt: skip
-    columns = [np.concatenate(column) for column in zip(*steps, strict=True)]
-    chosen, order = columns[0].astype(np.intp), columns[1].astype(np.int64)
-    places = (np.cumsum(counts) - counts)[chosen] + order
-    back = np.empty(len(places), np.intp)
-    back[places] = np.arange(len(places))
-    columns[0] = rows[chosen]
-    return Items(*(column[back] for column in columns))
+def _possible_begins(
+    data: NDArray[np.uint8], line_ends: Numbers, head_begins: Numbers, head_stops: Numbers
+) -> Numbers:
+    """Where heads begin, and lines of them that look like an item: sorted."""
+    behind = line_ends[:-1] + 2
+    behind = behind[_SORTS[data[behind]] > 0]
+    at = np.searchsorted(head_begins, behind, "right") - 1
+    inside = (at >= 0) & (behind < head_stops[at]) & (behind != head_begins[at])
+    return np.sort(np.concatenate([head_begins, behind[inside]]), kind="stable")
+
+
+def _reached(follows: NDArray[np.intp], begins: NDArray[np.intp]) -> Mask:
+    """Which places are among the first MAX_ITEMS of a chain; `follows`: the next one, or the end."""
+    count = len(follows)
+    reached = np.zeros(count + 1, np.bool_)
+    reached[begins] = True
+    jump = np.append(follows, count)
+    for _ in range(MAX_ITEMS.bit_length() - 1):
+        reached[jump[np.flatnonzero(reached)]] = True
+        jump = jump[jump]
+        if jump.min() == count:
+            break
+    return reached[:count]
+
+
+def _tops(inner: Numbers, heads: Rows) -> Mask:
+    """Which items are no part of another; `inner`: how many each says that are its parts."""
+    # So many items are still to come as parts: it falls to a new low when all are there.
+    open_parts = np.cumsum(inner - 1) - (inner - 1)
+    starts = np.ones(len(heads), np.bool_)
+    starts[1:] = heads[1:] != heads[:-1]
+    number = np.cumsum(starts) - 1
+    open_parts -= open_parts[starts][number]
+    # Each head lower than those before it.
+    open_parts -= number << 40
+    lowest = np.minimum.accumulate(open_parts)
+    starts[1:] |= open_parts[1:] < lowest[:-1]
+    return starts
 
 
 def _line_ends(data: NDArray[np.uint8]) -> Numbers:

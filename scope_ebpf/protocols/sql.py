@@ -118,11 +118,17 @@ def literals(data: Bytes, begins: Numbers, stops: Numbers, dialect: Dialect) -> 
 def between(size: int, ranges: list[tuple[Numbers, Numbers, int]]) -> NDArray[np.bool_]:
     """Which of `size` bytes lie in more ranges (begins, stops, weight) of +1 than of -1."""
     steps = np.zeros(size + 1, np.int8)
-    for begins, stops, weight in ranges:
-        some = begins < stops
-        # The places of one list differ from each other, but not those of two lists.
-        steps[begins[some]] += weight
-        steps[stops[some]] -= weight
+    if not ranges:
+        return steps[:-1] > 0
+    begins = np.concatenate([begin for begin, _, _ in ranges])
+    stops = np.concatenate([stop for _, stop, _ in ranges])
+    weights = np.repeat(
+        np.array([weight for *_, weight in ranges], np.int8), [len(begin) for begin, *_ in ranges]
+    )
+    some = begins < stops
+    begins, stops, weights = begins[some], stops[some], weights[some]
+    np.add.at(steps, begins, weights)
+    np.subtract.at(steps, stops, weights)
     return np.cumsum(steps[:-1], dtype=np.int8) > 0
 
 

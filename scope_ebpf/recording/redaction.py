@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from scope_ebpf.protocols.contract import Kept, Protocol
+from scope_ebpf.protocols.contract import Kept, Protocol, Roles
 from scope_ebpf.protocols.heads import Heads
 from scope_ebpf.protocols.masking import mask, new_key
 from scope_ebpf.protocols.registry import PROTOCOLS
@@ -17,13 +18,8 @@ from scope_ebpf.protocols.registry import PROTOCOLS
 _CONNECTIONS: Final = {"messages": ("connection",), "tls": ("tgid", "ssl")}
 _UNKNOWN: Final = -1
 
-# A head's bytes, and the length of its message, too, where the head is only the begin of it.
-Head = bytes | tuple[bytes, int]
-
-# So many bytes of heads make a generation of what is remembered; there are two.
-_GENERATION_BYTES: Final = 1 << 20
-_BYTES_OF_ENTRY: Final = 200  # of objects and of the table, apart from the heads' bytes
-_NOT_YET: Final = b""
+Rows = NDArray[np.intp]
+Places = NDArray[np.int8]
 
 
 class Redactor:
@@ -32,9 +28,6 @@ class Redactor:
     A connection is known by the first of its heads that some protocol recognises. From then on only
     that protocol is asked about its heads: one that it does not recognise, such as a piece of a
     body, is masked wholly, and so is every head of a connection that is not known.
-
-    Most heads come again: both ends of a connection tell the same bytes, and programs repeat
-    themselves. So what became of a head is remembered for a while, and only new ones are looked at.
     """
 
     def __init__(self, unredacted: bool, protocols: Sequence[Protocol] = PROTOCOLS) -> None:
@@ -42,10 +35,8 @@ class Redactor:
         self.unredacted = unredacted
         self._protocols = protocols
         self._key = new_key()
-        self._known: dict[str, dict[object, int]] = {table: {} for table in _CONNECTIONS}
-        # One for each protocol; the last one for what is masked wholly.
-        self._memories = [_Memory() for _ in range(len(protocols) + 1)]
-        self._fresh: list[_Fresh] = []
+        self._known = {table: _Known() for table in _CONNECTIONS}
+        self._numbers: dict[object, int] = {}
 
     def redact_all(self, frames: dict[str, pl.DataFrame]) -> None:
         """Redact the tables that have payloads, in place."""
@@ -61,147 +52,149 @@ class Redactor:
         """
         if self.unredacted:
             return frame
-        there = frame["payload"].is_not_null()
-        rows = np.flatnonzero(there.to_numpy())
+        rows = np.flatnonzero(frame["payload"].is_not_null().to_numpy())
         if not len(rows):
             return frame
-        columns = [*_CONNECTIONS[table], "length_bytes", "payload"]
-        some = frame.select(columns) if len(rows) == len(frame) else frame.select(columns)[rows]
-        if sum(memory.size for memory in self._memories) > _GENERATION_BYTES:
-            for memory in self._memories:
-                memory.forget()
-        masked = pl.Series("payload", self._masked(some, table), dtype=pl.Binary)
+        some = frame.select(*_CONNECTIONS[table], "length_bytes", "payload")
+        some = some if len(rows) == len(frame) else some[rows]
+        masked, which = self._masked(some, table)
         if len(rows) < len(frame):
-            places = np.full(len(frame), len(rows), np.int64)
-            places[rows] = np.arange(len(rows))
-            nothing = pl.Series("payload", [None], dtype=pl.Binary)
-            masked = pl.concat([masked, nothing]).gather(places)
-        return frame.with_columns(masked)
+            places = np.full(len(frame), len(masked), np.int64)
+            places[rows] = which
+            masked, which = pl.concat([masked, pl.Series([None], dtype=pl.Binary)]), places
+        return frame.with_columns(masked.gather(which).alias("payload"))
 
-    def _masked(self, frame: pl.DataFrame, table: str) -> list[bytes | None]:
-        """The masked payload of each row."""
-        payloads: list[bytes] = frame["payload"].to_list()
-        heads: list[Head] = list(payloads)
-        lengths = frame["length_bytes"]
-        for row in (lengths > frame["payload"].bin.size()).arg_true().to_list():
-            heads[row] = (payloads[row], lengths[row])
-        protocols = self._protocols_of(frame, table, heads)
-        for place in sorted(set(protocols) - {_UNKNOWN}):
-            self._learn(
-                place, [head for head, of in zip(heads, protocols, strict=True) if of == place]
-            )
-        seen = [memory.seen for memory in self._memories]
-        # None: not of its connection's protocol, or that is not known
-        found = [seen[of].get(head) for head, of in zip(heads, protocols, strict=True)]
-        rest = [row for row, result in enumerate(found) if result is None]
-        self._learn(_UNKNOWN, [payloads[row] for row in rest])
-        self._mask()
-        found = [seen[of].get(head) for head, of in zip(heads, protocols, strict=True)]
-        for row in rest:
-            found[row] = seen[_UNKNOWN][payloads[row]]
-        return found
+    def _masked(self, frame: pl.DataFrame, table: str) -> tuple[pl.Series, Rows]:
+        """The different masked heads, and which of them is each row's.
 
-    def _protocols_of(self, frame: pl.DataFrame, table: str, heads: list[Head]) -> list[int]:
-        """The protocol of each row's connection, by its place; _UNKNOWN if no head told it yet."""
+        Most heads come again: both ends of a connection tell the same bytes, and programs repeat
+        themselves. Each is looked at once by each protocol that it may be of.
+        """
+        first, which = _distinct(frame.select("length_bytes", "payload"))
+        heads = _Different(frame[first])
+        connections = self._connections(frame, table)
         known = self._known[table]
-        columns = [frame[name].to_list() for name in _CONNECTIONS[table]]
-        keys: list[object] = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
-        waiting = [row for row, key in enumerate(keys) if key not in known]
-        # one protocol after the other, each about what those before it did not claim
-        for place, memory in enumerate(self._memories[:-1]):
-            if not waiting:
-                break
-            self._learn(place, [heads[row] for row in waiting])
-            for row in waiting:
-                if memory.seen[heads[row]] is not None:
-                    known.setdefault(keys[row], place)
-            waiting = [row for row in waiting if keys[row] not in known]
-        return [known.get(key, _UNKNOWN) for key in keys]
+        place_of = known.of(connections)
+        result = np.full(len(frame), -1, np.intp)
+        parts: list[tuple[Heads, Kept]] = []
+        count = 0
+        # one protocol after the other, each also about what those before it did not claim
+        for place, protocol in enumerate(self._protocols):
+            rows = np.flatnonzero((place_of == place) | (place_of == _UNKNOWN))
+            if not len(rows):
+                continue
+            chosen, number = _chosen(which[rows], len(heads))
+            some = heads.take(chosen)
+            roles, kept = _look(protocol, some)
+            if not roles.any():
+                continue
+            known.add(connections[rows[roles[number] > 0]], place)
+            place_of = known.of(connections)
+            mine = place_of[rows] == place
+            used, number = _chosen(number[mine], len(some))
+            if len(used) < len(some):
+                # the others are of connections that this protocol did not claim
+                wanted = np.zeros(len(some), np.bool_)
+                wanted[used] = True
+                kept = kept[np.flatnonzero(np.repeat(wanted, some.lengths))]
+                some = heads.take(chosen[used])
+            parts.append((some, kept))
+            result[rows[mine]] = number + count
+            count += len(some)
+        rest = np.flatnonzero(result < 0)
+        if len(rest):
+            chosen, number = _chosen(which[rest], len(heads))
+            some = heads.take(chosen)
+            parts.append((some, np.zeros(len(some.data), np.bool_)))
+            result[rest] = number + count
+        return mask(*_joined(parts), self._key).payloads(), result
 
-    def _learn(self, place: int, heads: Iterable[Head]) -> None:
-        """Look at those heads that are new to a protocol."""
-        memory = self._memories[place]
-        new = memory.missing(heads)
-        if not new:
-            return
-        some = _heads(new)
-        kept: Kept = np.zeros(len(some.data), np.bool_)
-        if place != _UNKNOWN:
-            protocol = self._protocols[place]
-            if protocol.recognise_and_keep is not None:
-                roles, kept = protocol.recognise_and_keep(some)
-            else:
-                roles = protocol.recognise(some)
-                kept = protocol.keep(some, roles) if roles.any() else kept
-            if not roles.all():
-                # masked with those of nobody
-                memory.seen.update(dict.fromkeys(new))
-                chosen = np.flatnonzero(roles)
-                kept = kept[np.repeat(roles > 0, some.lengths)]
-                some = some.take(chosen)
-                new = [new[row] for row in chosen.tolist()]
-        memory.seen.update(dict.fromkeys(new, _NOT_YET))
-        self._fresh.append((memory, new, some, kept))
-
-    def _mask(self) -> None:
-        """Mask the heads that are new in this batch, all at once."""
-        if not self._fresh:
-            return
-        fresh, self._fresh = self._fresh, []
-        data = np.concatenate([heads.data for _, _, heads, _ in fresh])
-        lengths = np.concatenate([heads.lengths for _, _, heads, _ in fresh])
-        begins = np.cumsum(lengths) - lengths
-        kept = np.concatenate([kept for *_, kept in fresh])
-        masked = mask(Heads(data, begins, lengths, lengths), kept, self._key).data.tobytes()
-        ends = (begins + lengths).tolist()
-        pieces = [masked[begin:end] for begin, end in zip(begins.tolist(), ends, strict=True)]
-        first = 0
-        for memory, heads, _, _ in fresh:
-            memory.add(heads, pieces[first : first + len(heads)])
-            first += len(heads)
+    def _connections(self, frame: pl.DataFrame, table: str) -> Rows:
+        """A small number for each row's connection: the recorder counts them, those of TLS we do."""
+        names = _CONNECTIONS[table]
+        if len(names) == 1:
+            return frame[names[0]].to_numpy().astype(np.intp)
+        first, which = _distinct(frame.select(names))
+        ids = self._numbers
+        found = [ids.setdefault(key, len(ids)) for key in frame[first].select(names).iter_rows()]
+        return np.array(found, np.intp)[which]
 
 
-class _Memory:
-    """What became of the heads that were seen lately, by one reading of them.
-
-    `seen`: head to masked head; None: not of this protocol.
-    """
+class _Known:
+    """The protocols of connections, by their places; _UNKNOWN if no head told it yet."""
 
     def __init__(self) -> None:
-        self.seen: dict[Head, bytes | None] = {}
-        self.size = 0
-        self._before: dict[Head, bytes | None] = {}
+        self._places: Places = np.full(1024, _UNKNOWN, np.int8)
 
-    def forget(self) -> None:
-        """Begin a generation: only what is asked for again goes on to it."""
-        self.seen, self._before, self.size = {}, self.seen, 0
+    def of(self, connections: Rows) -> Places:
+        """Of some connections."""
+        more = int(connections.max(initial=0)) + 1 - len(self._places)
+        if more > 0:
+            room = np.full(max(more, len(self._places)), _UNKNOWN, np.int8)
+            self._places = np.concatenate([self._places, room])
+        places: Places = self._places[connections]
+        return places
 
-    def missing(self, heads: Iterable[Head]) -> list[Head]:
-        """Those of the heads, each once, that are in neither generation."""
-        new = [head for head in dict.fromkeys(heads) if head not in self.seen]
-        self.size += _BYTES_OF_ENTRY * len(new)
-        if self._before:
-            again = [head for head in new if head in self._before]
-            self.seen.update((head, self._before[head]) for head in again)
-            new = [head for head in new if head not in self.seen]
-        return new
-
-    def add(self, heads: list[Head], masked: list[bytes]) -> None:
-        """Take what became of heads that were missing."""
-        self.seen.update(zip(heads, masked, strict=True))
-        self.size += 2 * sum(map(len, masked))
+    def add(self, connections: Rows, place: int) -> None:
+        """Some connections are of a protocol, from now on."""
+        self._places[connections] = place
 
 
-_Fresh = tuple[_Memory, list[Head], Heads, Kept]
+def _distinct(frame: pl.DataFrame) -> tuple[Rows, Rows]:
+    """The first of each kind of rows, and for each row which kind it is."""
+    names = frame.columns
+    firsts = frame.with_row_index("row").select(pl.col("row").first().over(names))
+    first_of = firsts["row"].to_numpy()
+    first = np.flatnonzero(first_of == np.arange(len(frame)))
+    number = np.zeros(len(frame), np.intp)
+    number[first] = np.arange(len(first))
+    return first, number[first_of]
 
 
-def _heads(heads: list[Head]) -> Heads:
-    values = [head if isinstance(head, bytes) else head[0] for head in heads]
-    lengths = np.fromiter(map(len, values), np.int64, len(values))
-    totals = lengths.copy()
-    for row, head in enumerate(heads):
-        if not isinstance(head, bytes):
-            totals[row] = head[1]
-    return Heads(
-        np.frombuffer(b"".join(values), np.uint8), np.cumsum(lengths) - lengths, lengths, totals
+def _chosen(numbers: Rows, count: int) -> tuple[Rows, Rows]:
+    """The different ones of some numbers below a count, and which of them each is."""
+    there = np.zeros(count, np.bool_)
+    there[numbers] = True
+    return np.flatnonzero(there), (np.cumsum(there) - 1)[numbers]
+
+
+class _Different:
+    """Heads, of which some are taken now and again."""
+
+    def __init__(self, frame: pl.DataFrame) -> None:
+        self._payloads: list[bytes] = frame["payload"].to_list()
+        self._lengths = np.fromiter(map(len, self._payloads), np.int64, len(frame))
+        self._totals = np.maximum(frame["length_bytes"].to_numpy().astype(np.int64), self._lengths)
+
+    def __len__(self) -> int:
+        return len(self._payloads)
+
+    def take(self, rows: Rows) -> Heads:
+        """Some of them."""
+        payloads, lengths = self._payloads, self._lengths[rows]
+        data = np.frombuffer(b"".join([payloads[row] for row in rows.tolist()]), np.uint8)
+        return Heads(data, np.cumsum(lengths) - lengths, lengths, self._totals[rows])
+
+
+def _look(protocol: Protocol, heads: Heads) -> tuple[Roles, Kept]:
+    """The heads' roles, and what of them may be stored: nothing of those without a role."""
+    if protocol.recognise_and_keep is not None:
+        return protocol.recognise_and_keep(heads)
+    roles = protocol.recognise(heads)
+    if not roles.any():
+        return roles, np.zeros(len(heads.data), np.bool_)
+    return roles, protocol.keep(heads, roles) & np.repeat(roles > 0, heads.lengths)
+
+
+def _joined(parts: list[tuple[Heads, Kept]]) -> tuple[Heads, Kept]:
+    """Heads of several parts one after the other."""
+    lengths = np.concatenate([heads.lengths for heads, _ in parts])
+    return (
+        Heads(
+            np.concatenate([heads.data for heads, _ in parts]),
+            np.cumsum(lengths) - lengths,
+            lengths,
+            np.concatenate([heads.totals for heads, _ in parts]),
+        ),
+        np.concatenate([kept for _, kept in parts]),
     )
