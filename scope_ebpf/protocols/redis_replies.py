@@ -123,9 +123,15 @@ def _statuses(items: Items, text: str, count: int) -> dict[str, pl.Series]:
         .then(pl.col("line").str.replace_all(TOKEN_PATTERN, "?"))
         .otherwise(shape + pl.col("number").cast(pl.String))
     )
+    # of a masked text only the code is left to read
+    shown = (
+        pl.when(pl.col("error").str.contains(rf" {TOKEN_PATTERN}"))
+        .then(code + " (text redacted)")
+        .otherwise("error")
+    )
     return {
         "status": frame.select(status).to_series(),
-        "error": error,
+        "error": frame.select(shown).to_series(),
         "miss": pl.Series(null & (replies == 1)),
     }
 
