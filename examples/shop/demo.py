@@ -319,13 +319,14 @@ def _run(command: list[str], *, captured: bool = False) -> str:
 def _say_next_steps(executable: Path, output: Path) -> None:
     # The recording belongs to root then, and is for its owner's eyes only.
     sudo = ["sudo"] if os.geteuid() == 0 and "SUDO_USER" in os.environ else []
-    look = shlex.join([*sudo, str(executable), "events", str(output), "messages", "--limit", "5"])
-    _say(
-        sys.stdout,
-        f"\nThe recording is in {output}. Look further with:\n"
-        f"  {look}\n"
-        f"  {shlex.join([str(executable), '--help'])}",
-    )
+    looks = [
+        [*sudo, str(executable), "services", str(output)],
+        [*sudo, str(executable), "requests", str(output), "--service", "rq"],
+        [*sudo, str(executable), "events", str(output), "messages", "--limit", "5"],
+        [str(executable), "--help"],
+    ]
+    shown = "".join(f"\n  {shlex.join(look)}" for look in looks)
+    _say(sys.stdout, f"\nThe recording is in {output}. Look further with:{shown}")
 
 
 def _unused(path: Path) -> Path:
