@@ -117,8 +117,9 @@ def _keep(heads: Heads, roles: Roles, data: Bytes, newlines: Numbers) -> Kept:
     kinds = kinds_of(data)
     # Ranges as +1 where one begins and -1 where it ends: their running sum is what is kept.
     steps = np.zeros(len(data) + 1, np.int8)
-    queries = np.flatnonzero((kinds & QUERY) != 0)
-    odd_bytes = np.flatnonzero((kinds & ODD) != 0)
+    marks = np.flatnonzero(kinds >= QUERY)
+    queries = marks[(kinds[marks] & QUERY) > 0]
+    odd_bytes = marks[(kinds[marks] & ODD) > 0]
     odd_begins: list[Numbers] = []
     odd_ends: list[Numbers] = []
     for part in walk(heads, roles, data, kinds, newlines):

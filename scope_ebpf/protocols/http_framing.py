@@ -51,7 +51,7 @@ _ROOM: Final = 64
 
 _CR, LF, SPACE, _COLON = 0x0D, 0x0A, 0x20, 0x3A
 _VERSION: Final = np.frombuffer(b"HTTP/1.", np.uint8)
-_TOKEN, QUERY, ODD = 1, 2, 4  # kinds of bytes, as bits
+_TOKEN, QUERY, ODD = 1, 2, 4  # kinds of bytes, as bits; few have more than the first
 
 
 def _kinds() -> bytes:

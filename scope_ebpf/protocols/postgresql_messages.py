@@ -97,6 +97,8 @@ class Messages:
 
     def take(self, rows: NDArray[np.intp] | NDArray[np.bool_]) -> Messages:
         """Some of them."""
+        if rows.dtype == np.bool_:
+            rows = np.flatnonzero(rows)
         return Messages(
             self.rows[rows],
             self.kinds[rows],

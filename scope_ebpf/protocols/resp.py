@@ -64,6 +64,8 @@ class Items:
 
     def take(self, rows: Rows | Mask) -> Items:
         """Some of them, in their order."""
+        if rows.dtype == np.bool_:
+            rows = np.flatnonzero(rows)
         return Items(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
@@ -178,10 +180,12 @@ def _follow(heads: Heads, rows: Rows) -> Walked:
         wrong[reached], number_of, np.where(lost[reached], number_of + 1, MAX_ITEMS)
     )
     fine = good[reached]
-    cut = reached[~fine]
-    cut = cut[(~ended & (sort > 0))[cut]]
-    chosen, number_of, of_chosen = reached[fine], number_of[fine], of[reached[fine]]
-    inner = np.where(aggregate, np.maximum(number, 0), 0)[chosen]
+    cut = reached[np.flatnonzero(~fine)]
+    cut = cut[~ended[cut] & (sort[cut] > 0)]
+    places = np.flatnonzero(fine)
+    chosen, number_of = reached[places], number_of[places]
+    of_chosen = of[chosen]
+    inner = np.where(aggregate[chosen], np.maximum(number[chosen], 0), 0)
     inner <<= (kind[chosen] == ord("%")) | (kind[chosen] == ord("|"))
     stop = stop[chosen]
     end = end[chosen]

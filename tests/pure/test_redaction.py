@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -12,6 +13,7 @@ from scope_ebpf.protocols.contract import Role
 from scope_ebpf.protocols.heads import Heads
 from scope_ebpf.protocols.http import PROTOCOL as HTTP
 from scope_ebpf.protocols.redis import PROTOCOL as REDIS
+from scope_ebpf.protocols.registry import PROTOCOLS
 from scope_ebpf.recording.meta import read_meta, write_meta
 from scope_ebpf.recording.redaction import Redactor
 from tests.pure.recordings import META
@@ -129,6 +131,47 @@ def test_redacted_heads_are_recognised_and_parsed():
             "GET product:?",
             "POST /login",
         )
+
+
+def test_equal_heads_of_different_connections_are_masked_each_by_its_protocol():
+    redactor = Redactor(unredacted=False)
+    redacted([(1, GET), (2, WEB), (3, b"nobody knows")], redactor)
+    rows: list[tuple[int, bytes | None]]
+    rows = [(connection, head) for head in (GET, WEB, REPLY) for connection in (1, 2, 3, 1)]
+    together = redacted(rows, redactor)
+    assert together == [redacted([row], redactor)[0] for row in rows]
+    assert len(set(together[:4])) == 2, "Redis's request is masked wholly on the others"
+
+
+def test_one_look_says_what_two_say():
+    choose = random.Random(2)
+    heads = [
+        GET,
+        REPLY,
+        WEB,
+        b"HTTP/1.1 200 OK\r\nA: b\r\n\r\n",
+        b"Q\0\0\0\x10SELECT 'a'\0",
+        b"D\0\0\0\x0b\0\1\0\0\0\1aZ\0\0\0\5I",
+        b"",
+    ]
+    for head in [head for head in heads for _ in range(300)]:
+        changed = bytearray(head[: choose.randrange(len(head) + 1)] + choose.choice(heads))
+        if changed and choose.random() < 0.5:
+            changed[choose.randrange(len(changed))] = choose.choice(b"\0\r\n$*'1?")
+        heads.append(bytes(changed))
+    # what is cut off goes on for some bytes
+    lengths = np.array([len(head) + choose.choice([0, 0, 7]) for head in heads], np.int64)
+    every = Heads.of(pl.Series(heads, dtype=pl.Binary), lengths)
+    for protocol in PROTOCOLS:
+        if protocol.recognise_and_keep is None:
+            continue
+        for some in (every, every.take(np.zeros(0, np.intp)), every.take(np.array([6]))):
+            roles, kept = protocol.recognise_and_keep(some)
+            recognised = protocol.recognise(some)
+            assert roles.tolist() == recognised.tolist()
+            wanted = protocol.keep(some, recognised) & np.repeat(recognised > 0, some.lengths)
+            assert kept.tolist() == wanted.tolist()
+        assert {Role.REQUEST, Role.RESPONSE} <= set(protocol.recognise(every).tolist())
 
 
 def test_meta_tells_whether_payloads_are_redacted(tmp_path):
