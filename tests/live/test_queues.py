@@ -120,7 +120,9 @@ class Worked:
             passed_on, on="parent_id", how="left"
         )
         spans = spans.with_columns(parent_id=pl.coalesce("taken_by", "parent_id"))
-        parents = self.calls.join(spans, on="span_id").join(self.jobs.select("job_id", expected_id="span_id"), on="job_id", how="left")
+        parents = self.calls.join(spans, on="span_id").join(
+            self.jobs.select("job_id", expected_id="span_id"), on="job_id", how="left"
+        )
         claimed = parents.filter(
             pl.col("parent_id").is_not_null() & (guesses | (pl.col("evidence") != "guess"))
         )
