@@ -105,9 +105,6 @@ class Protocol:
     datagrams: bool = False
     """Spoken over UDP, where each message stands alone."""
 
-    strict_turns: bool = True
-    """Requests on one connection are answered in their order, so that pairs can be counted off."""
-
     recognise_and_keep: Callable[[Heads], tuple[Roles, Kept]] | None = None
     """What `recognise` and `keep` say, in one look at the heads, where that is faster than two.
     Nothing is kept of heads that are not recognised."""

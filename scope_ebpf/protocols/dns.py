@@ -261,5 +261,4 @@ PROTOCOL: Final = Protocol(
     parse_requests,
     parse_responses,
     datagrams=True,
-    strict_turns=False,
 )

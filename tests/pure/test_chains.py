@@ -213,6 +213,14 @@ def test_keep_alive_is_one_span_per_request(tmp_path: Path):
     assert all(span["edge"] == "calls" and span["evidence"] == "exact" for span in servers)
 
 
+def test_pipelined_requests_are_counted(tmp_path: Path):
+    story = cast()
+    outer = story.link(1, WEB, 8000)
+    story.ask(outer, http("GET /a") + http("GET /b"), answer() + answer(), 0, MS)
+    server = one(spans_of(story.record(tmp_path / "a.scope")), kind="server")
+    assert (server["operation"], server["status"]) == ("GET /a and 1 more", "200")
+
+
 def test_a_response_to_what_came_before_the_recording(tmp_path: Path):
     story = cast()
     outer = story.link(1, WEB, 8000)
