@@ -68,7 +68,7 @@ def build_chains(recording: Recording) -> Chains:
     drafts = pl.concat([drafts, faults.refused_connects(drafts, connects, services)])
     drafts = faults.explain_silence(recording, drafts)
     matched = match_ends(drafts)
-    drafts = _end_before_peer(drafts, matched)
+    drafts = _as_the_other_end_says(_end_before_peer(drafts, matched), matched)
     links = [_links(matched, "calls", "exact", "same bytes on the connection")]
     loops = read_loops(recording)
     drafts, nested = jobs.work_on(
@@ -178,6 +178,25 @@ def _end_before_peer(drafts: pl.DataFrame, matched: pl.DataFrame) -> pl.DataFram
             for name in ("end_ns", "until_ns")
         )
         .drop("client_end_ns")
+    )
+
+
+def _as_the_other_end_says(drafts: pl.DataFrame, matched: pl.DataFrame) -> pl.DataFrame:
+    """What one end's heads did not tell, the other end's do: they are of the same bytes."""
+    told = ["operation", "detail", "status", "error"]
+    about = drafts.select("row", *(pl.col(name).alias(f"{name}_there") for name in told))
+    ends = pl.concat(
+        [matched.select(row="cause", other="effect"), matched.select(row="effect", other="cause")]
+    ).unique("row", keep="none")
+    untold = pl.col("operation").is_null() & pl.col("operation_there").is_not_null()
+    return (
+        drafts.join(ends, on="row", how="left", maintain_order="left")
+        .join(about.rename({"row": "other"}), on="other", how="left", maintain_order="left")
+        .with_columns(
+            pl.when(untold).then(pl.coalesce(name, f"{name}_there")).otherwise(name).alias(name)
+            for name in told
+        )
+        .select(drafts.columns)
     )
 
 

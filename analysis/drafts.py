@@ -76,22 +76,24 @@ def draft_spans(
     # requests that came in one message are one span, and it says so
     more = requests["requests"].fill_null(1).cast(pl.Int64) - 1
     piped = pl.Series(more > 0) & (spoken == "http").fill_null(value=False)
+    answered = requests["answered"].fill_null(value=True)
     told = exchanges.with_columns(
         protocol=spoken,
         operation=pl.when(piped)
         .then(pl.format("{} and {} more", requests["operation"], more))
         .otherwise(requests["operation"]),
         detail=requests["detail"],
-        answered=requests["answered"].fill_null(value=True),
+        answered=answered,
         waits=requests["waits"].fill_null(value=False),
         queue_action=requests["queue_action"].cast(pl.String),
         queue=requests["queue"],
         element=requests["element"],
         defines=pl.coalesce(requests["defines"], responses["defines"]),
         uses=requests["uses"],
-        status=responses["status"],
-        error=responses["error"],
-        miss=responses["miss"].fill_null(value=False),
+        # what comes although no answer was asked for is the answer to something behind it
+        status=pl.when(answered).then(responses["status"]),
+        error=pl.when(answered).then(responses["error"]),
+        miss=responses["miss"].fill_null(value=False) & answered,
         response_queue=responses["queue"],
         response_element=responses["element"],
     ).with_columns(asked)

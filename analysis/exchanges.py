@@ -130,7 +130,11 @@ def find_exchanges(
     response_interim[~turns.asks] = interim[turns.parsed[~turns.asks]]
     after_interim = same & np.r_[False, response_interim[:-1]]
     pushed = same & ~turns.asks & np.r_[False, ~turns.asks[:-1]]
-    opens = (turns.asks & ~after_interim) | pushed
+    # the end of what was asked, which came late (PostgreSQL)
+    ends = turns.requests["operation"].is_in(["Flush", "Sync"]).fill_null(value=False).to_numpy()
+    late = np.zeros(len(turns.first), np.bool_)
+    late[turns.asks] = ends[turns.parsed[turns.asks]]
+    opens = (turns.asks & ~after_interim & ~(late & same)) | pushed
     # a response whose request came before the recording
     orphans = ~turns.asks & ~same
     starts = np.flatnonzero(opens | orphans)

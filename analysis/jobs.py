@@ -59,8 +59,14 @@ def work_on(
     # what brought a job is no part of the work on it
     popped = jobs.filter(pl.col("state") == "began_before")["row"]
     clients = clients.filter(~pl.col("row").is_in(popped.implode()))
-    loops = _with_loops_of_jobs(loops, jobs)
+    loops = _with_loops_of_jobs(loops, jobs, consumers["state"] == "open")
     drafts = pl.concat([drafts.join(consumers, on="row", how="anti"), consumers]).sort("row")
+    # what was delivered to a flow that is no worker: nothing more is known of it
+    left = pl.col("kind") == "delivery"
+    drafts = drafts.with_columns(
+        kind=pl.when(left).then(pl.lit("client")).otherwise("kind"),
+        state=pl.when(left).then(pl.lit("began_before")).otherwise("state"),
+    )
     if len(jobs):
         # a delivery's consumer keeps its row: the texts are in the order of the jobs
         passed, passed_on = hand_over(
@@ -196,7 +202,13 @@ def _taken(drafts: pl.DataFrame, free: pl.DataFrame) -> pl.DataFrame:
             | pl.col("operation").str.contains(_MAY_POP).fill_null(value=False)
         )
     )
-    return pl.concat([pops, drafts.filter(pl.col("kind") == "delivery")]).sort("row")
+    taken = pl.concat([pops, drafts.filter(pl.col("kind") == "delivery")]).sort("row")
+    # A flow that answers requests is no worker: what it does until it pops again may be of any.
+    flow = ["tgid", "tid", "context"]
+    served = drafts.filter((pl.col("kind") == "server") & pl.col("end_ns").is_not_null())
+    received = served.select(flow)
+    answered = served.select("tgid", pl.col("response_tid").alias("tid"), "context")
+    return taken.join(pl.concat([received, answered]).unique(), on=flow, how="anti").sort("row")
 
 
 def _consumers(
@@ -294,8 +306,12 @@ def _consumers(
     return consumers, linked, jobs
 
 
-def _with_loops_of_jobs(loops: pl.DataFrame | None, jobs: pl.DataFrame) -> pl.DataFrame | None:
+def _with_loops_of_jobs(
+    loops: pl.DataFrame | None, jobs: pl.DataFrame, last: pl.Series
+) -> pl.DataFrame | None:
     """Add a wait for several things to each job that may not be the only one until its end.
+
+    `last`: whether nothing else was asked for after it: what popped it need not be a worker.
 
     Such came while its thread waited for several things: until the next one is asked for, an event
     loop also works on what else came in the same turn, as Celery's main process does on the results
@@ -320,7 +336,10 @@ def _with_loops_of_jobs(loops: pl.DataFrame | None, jobs: pl.DataFrame) -> pl.Da
     alone = (pl.col("response_bytes") <= names + overhead).fill_null(value=False)
     pushed = (pl.col("kind") == "delivery") | (pl.col("state") == "began_before")
     several = pushed & ~alone
-    looped = jobs.filter(pl.Series(waited) | several).select("tgid", "tid", start_ns="received_ns")
+    unsure = last & (jobs["kind"] != "delivery")
+    looped = jobs.filter(pl.Series(waited) | several | unsure).select(
+        "tgid", "tid", start_ns="received_ns"
+    )
     return pl.concat([loops, looped])
 
 

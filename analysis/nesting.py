@@ -32,6 +32,8 @@ MULTIPLEXING: Final = [
     "pselect6",
     "io_uring_enter",
 ]
+_EPOLL_WAITS: Final = ["epoll_wait", "epoll_pwait", "epoll_pwait2"]
+_EPOLL_ADD: Final = 1  # include/uapi/linux/eventpoll.h
 # poll() with more descriptors than this does so, too; clients poll the one that they wait for.
 _POLLED: Final = 2
 
@@ -84,11 +86,54 @@ def read_loops(recording: Recording) -> pl.DataFrame | None:
     """The calls that wait for several things: tgid, tid, start_ns; None if calls are not recorded."""
     if "syscalls" not in recording.meta.families:
         return None
-    calls = recording.syscalls.filter(
-        pl.col("name").is_in(MULTIPLEXING)
-        | (pl.col("name").is_in(["poll", "ppoll"]) & (pl.col("arg1") > _POLLED))
+    several = pl.col("name").is_in(MULTIPLEXING)
+    several |= pl.col("name").is_in(["poll", "ppoll"]) & (pl.col("arg1") > _POLLED)
+    # one event at most: perhaps because there is one descriptor
+    one = pl.col("name").is_in(_EPOLL_WAITS) & (pl.col("arg2") == 1)
+    calls = recording.collect(
+        recording.syscalls.filter(several).select("tgid", "tid", "start_ns", "arg0", one=one)
     )
-    return recording.collect(calls.select("tgid", "tid", "start_ns"))
+    waits = calls.filter("one")
+    if not waits.is_empty():
+        calls = pl.concat([calls.filter(~pl.col("one")), _of_several(recording, waits)])
+    return calls.select("tgid", "tid", "start_ns")
+
+
+def _of_several(recording: Recording, waits: pl.DataFrame) -> pl.DataFrame:
+    """The calls of epoll_wait whose set was not seen to be made with one member and left so.
+
+    psycopg 3 waits for its one socket in such a way, where others call poll.
+    """
+    made = recording.collect(
+        recording.syscalls.filter(
+            pl.col("name").is_in(["epoll_create", "epoll_create1"]) & (pl.col("result") >= 0)
+        ).select("tgid", "start_ns", set=pl.col("result").cast(pl.UInt64))
+    )
+    added = recording.collect(
+        recording.syscalls.filter(
+            (pl.col("name") == "epoll_ctl") & (pl.col("arg1") == _EPOLL_ADD)
+        ).select("tgid", "start_ns", set="arg0")
+    )
+
+    def of_sets(events: pl.DataFrame, asking: pl.DataFrame) -> tuple[Rows, Rows]:
+        name = "set" if "set" in events.columns else "arg0"
+        return group_numbers(
+            (events["tgid"].to_numpy(), asking["tgid"].to_numpy()),
+            (events[name].to_numpy(), asking["arg0"].to_numpy()),
+        )
+
+    times = waits["start_ns"].to_numpy()
+    group, of_group = of_sets(made, waits)
+    latest = latest_before(group, made["start_ns"].to_numpy(), of_group, times)
+    begun = np.zeros(len(waits), np.int64)
+    known = latest != NONE
+    begun[known] = made["start_ns"].to_numpy()[latest[known]]
+    group, of_group = of_sets(added, waits)
+    since = added["start_ns"].to_numpy()
+    members = count_before(group, since, of_group, times) - count_before(
+        group, since, of_group, begun
+    )
+    return waits.filter(pl.Series(~known | (members > 1)))
 
 
 def works_alone(requests: Flows, loops: pl.DataFrame | None, flow: Rows | None = None) -> Mask:

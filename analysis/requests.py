@@ -31,7 +31,7 @@ def find_requests(recording: Recording, spans: pl.DataFrame) -> pl.DataFrame:
             handled & (pl.col("state") != "began_before") & pl.col("protocol").is_not_null()
         )
         .with_row_index("row")
-        .with_columns(entry=pl.col("parent_id").is_null())
+        .with_columns(entry=~pl.col("span_id").is_in(_inner(spans).implode()))
     )
     counts = count_downstream(spans)
     found = found.join(counts, on="span_id", how="left", maintain_order="left")
@@ -43,15 +43,34 @@ def find_requests(recording: Recording, spans: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def count_downstream(spans: pl.DataFrame) -> pl.DataFrame:
-    """`span_id` and `spans`: how many spans each one caused, all levels."""
+def _inner(spans: pl.DataFrame) -> pl.Series:
+    """The ids of spans that belong to a request or job that was handled by something recorded."""
+    parent = _parents(spans)
+    handles = spans["kind"].is_in(["server", "consumer"]).to_numpy()
+    inside = np.zeros(len(spans), np.bool_)
+    above = parent.copy()
+    # generations are few; a circle, which nothing here makes, would end the loop, too
+    for _ in range(len(spans)):
+        there = above >= 0
+        if not there.any():
+            break
+        inside |= there & handles[np.maximum(above, 0)]
+        above = np.where(there & ~inside, parent[np.maximum(above, 0)], -1)
+    return spans["span_id"].filter(pl.Series(inside))
+
+
+def _parents(spans: pl.DataFrame) -> NDArray[np.intp]:
+    """The row of each span's parent, -1: none."""
     ids = spans["span_id"].to_numpy()
     order = np.argsort(ids)
     parents = spans["parent_id"].fill_null(0).to_numpy()
-    place = np.searchsorted(ids[order], parents)
-    place = np.minimum(place, max(len(ids) - 1, 0))
-    parent = np.where(ids[order][place] == parents, order[place], -1) if len(ids) else place
-    return pl.DataFrame({"span_id": ids, "spans": _subtree_sizes(parent)})
+    place = np.minimum(np.searchsorted(ids[order], parents), max(len(ids) - 1, 0))
+    return np.where(ids[order][place] == parents, order[place], -1) if len(ids) else place
+
+
+def count_downstream(spans: pl.DataFrame) -> pl.DataFrame:
+    """`span_id` and `spans`: how many spans each one caused, all levels."""
+    return pl.DataFrame({"span_id": spans["span_id"], "spans": _subtree_sizes(_parents(spans))})
 
 
 def _subtree_sizes(parent: NDArray[np.intp]) -> NDArray[np.uint32]:

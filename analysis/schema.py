@@ -57,7 +57,7 @@ REQUESTS: Final = pl.Schema(
         "span_id": pl.UInt64(),
         "request_id": pl.UInt64(),  # of the tree it belongs to; equal to span_id where it is the root
         "kind": SPAN_KIND,  # server or consumer
-        "entry": pl.Boolean(),  # nothing traced is known to have caused it
+        "entry": pl.Boolean(),  # no request or job that was recorded is known to have caused it
         "start_ns": pl.Int64(),
         "duration_ns": pl.Int64(),
         "service": pl.String(),

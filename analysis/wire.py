@@ -73,9 +73,10 @@ def read_wire(recording: Recording, connections: pl.DataFrame) -> Wire:
     return to_wire(frame, connections)
 
 
-def _selected(messages: pl.LazyFrame) -> pl.LazyFrame:
+def _selected(messages: pl.LazyFrame, *more: str) -> pl.LazyFrame:
     return messages.select(
         *_COLUMNS,
+        *more,
         (pl.col("direction") == "receive").alias("receive"),
         begin=pl.col("stream_end") - pl.col("length_bytes"),
     )
@@ -90,12 +91,12 @@ def _plain_text(recording: Recording) -> pl.DataFrame:
     messages = recording.messages.join(threads, on=["tgid", "tid"], how="semi")
     tied = tie_to_connections(tls, recording.collect(messages))
     return (
-        _selected(tied.lazy().filter(pl.col("connection").is_not_null()))
+        _selected(tied.lazy().filter(pl.col("connection").is_not_null()), "stream_end")
         .with_columns(
             # Lengths of plain text say nothing of places in the ciphertext; the end of what carried
             # it does, and is the same at both ends.
             begin=pl.col("stream_end").fill_null(0),
-            exact=pl.col("exact") & pl.col("stream_end").is_not_null(),
+            exact=pl.col("exact").fill_null(value=False) & pl.col("stream_end").is_not_null(),
         )
         .with_columns(pl.col("exact").fill_null(value=False))
         .collect()

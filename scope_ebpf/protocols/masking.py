@@ -1,6 +1,6 @@
 """Masks bytes in place: words become tokens that are equal where the words were."""
 
-# A masked run of word bytes (letters, digits, `_`, `-`, and bytes of 0x80 and above) becomes a token
+# A masked run of word bytes (letters, digits, `_`, `-`; or of bytes of 0x80 and above) becomes a token
 # of the same length: `?`, then letters and digits made by a keyed hash of the run. The key is random
 # and never stored, so equal words of one recording get equal tokens, and nobody can try words
 # against them later. ASCII punctuation and white space stay, other control bytes become `.`.
@@ -22,12 +22,16 @@ Words = NDArray[np.uint64]
 TOKEN_PATTERN = r"\?[0-9A-Za-z]*"  # noqa: S105 - no password
 """Matches a token in text, for folding."""
 
-_PUNCTUATION, _WORD, _CONTROL = range(3)
+# Bits, of which a kept byte has none. Bytes that are not ASCII are words, too, but words of their own:
+# in binary formats they stand right before and behind texts, whose tokens must not change by that.
+_PUNCTUATION, _WORD, _CONTROL, _HIGH = 0, 1, 2, 4
 _LETTERS = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 def _class_of(byte: int) -> int:
-    if byte >= 0x80 or byte in _LETTERS or byte in b"_-":
+    if byte >= 0x80:
+        return _HIGH
+    if byte in _LETTERS or byte in b"_-":
         return _WORD
     return _CONTROL if (byte < 0x20 and byte not in b"\t\r\n") or byte == 0x7F else _PUNCTUATION
 
@@ -65,13 +69,12 @@ def mask(heads: Heads, kept: NDArray[np.bool_], key: bytes) -> Heads:
     if not size:
         return heads
     classes = np.frombuffer(data.tobytes().translate(_CLASSES), np.uint8)
-    # Classes are bits, and nothing is left of those of a kept byte.
     classes = classes & (kept.view(np.uint8) - np.uint8(1))
     # Room at the end, for words of 8 bytes that begin within.
     result = np.zeros(size + 8, np.uint8)
     result[:size] = data
     result[np.flatnonzero(classes == _CONTROL)] = ord(".")
-    begins, lengths = _runs(classes == _WORD, heads)
+    begins, lengths = _runs(classes & np.uint8(_WORD | _HIGH), heads)
     if len(begins):
         _write_tokens(eight_bytes(result), begins, lengths, _hashes(result, begins, lengths, key))
     return Heads(result[:size], heads.begins, heads.lengths, heads.totals)
@@ -82,14 +85,18 @@ def eight_bytes(data: Bytes) -> Words:
     return np.ndarray(max(len(data) - 8, 0), "<u8", data.data, strides=(1,))
 
 
-def _runs(word: NDArray[np.bool_], heads: Heads) -> tuple[Numbers, Numbers]:
-    """Begin and length of each run; none crosses from one head to the next."""
+def _runs(classes: Bytes, heads: Heads) -> tuple[Numbers, Numbers]:
+    """Begin and length of each run of one class; none crosses from one head to the next."""
+    word = classes != 0
     changes = np.empty(len(word) + 1, np.bool_)
     changes[0], changes[-1] = word[0], word[-1]
     np.not_equal(word[1:], word[:-1], out=changes[1:-1])
     edges = np.flatnonzero(changes)
     inner = heads.begins[(heads.lengths > 0) & (heads.begins > 0)]
     across = inner[word[inner] & word[inner - 1]]
+    if (classes & _HIGH).any():
+        joints = np.flatnonzero((classes[1:] != classes[:-1]) & word[1:] & word[:-1]) + 1
+        across = np.unique(np.concatenate([across, joints]))
     if len(across):
         # one run ends there and another begins
         edges = np.sort(np.concatenate([edges, across, across]))

@@ -150,10 +150,12 @@ def _elements(items: Items, data: NDArray[np.uint8], text: str, count: int) -> d
     element[rows[alone]] = reply[alone]
     # BLPOP: the queue, the element. BZPOPMIN: and its score.
     shaped = (kind == resp.ARRAY) & ((number == 2) | (number == 3))
+    # that a subscription began or ended is no element
+    word, which = pushed(data, items)
+    shaped &= ~np.isin(reply, word[which > _LAST_MESSAGE] - 1)
     name, value = _following(items, reply[shaped], 1), _following(items, reply[shaped], 2)
     both = (name >= 0) & (value >= 0)
     queue[rows[shaped][both]], element[rows[shaped][both]] = name[both], value[both]
-    word, which = pushed(data, items)
     # several in one head: the first
     some = (which <= _LAST_MESSAGE) & np.isin(word - 1, first)
     word, skip = word[some], (which[some] == _PATTERN_MESSAGE).astype(np.int64)

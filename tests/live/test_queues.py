@@ -146,7 +146,13 @@ class Worked:
 
 
 def work(
-    directory: Path, servers: Any, producer: str, worker: str, *, steps: bool = False
+    directory: Path,
+    servers: Any,
+    producer: str,
+    worker: str,
+    *,
+    steps: bool = False,
+    redacted: bool = False,
 ) -> Worked:
     """Record a producer of 23 jobs, the worker that does them, and the servers between.
 
@@ -168,7 +174,8 @@ def work(
         pids = [working.pid, producing.pid, *servers.pids.values()]
         chosen = [part for pid in pids for part in ("--pid", pid)]
         path = directory / "test.scope"
-        with scope_ebpf_command(path, "attach", *chosen, "-o", path, "--unredacted") as session:
+        clear = [] if redacted else ["--unredacted"]
+        with scope_ebpf_command(path, "attach", *chosen, "-o", path, *clear) as session:
             working.open_gate()
             producing.open_gate()
             for number in range(1, JOBS + 1) if steps else ():
@@ -224,6 +231,14 @@ def test_celery_prefork(tmp_path, servers):
     # the main process passes jobs to its children over pipes
     worked.check_calls()
     worked.check_acknowledgements()
+
+
+@pytest.mark.parametrize("worker", ["rq", "celery-prefork"])
+def test_redacted(worker, tmp_path, servers):
+    """Tokens of ids are equal at the producer's, the worker's and its children's."""
+    worked = work(tmp_path, servers, worker.partition("-")[0], worker, redacted=True)
+    worked.check_links()
+    worked.check_calls()
 
 
 @pytest.mark.parametrize(("worker", "least"), [("dramatiq-one", JOBS), ("dramatiq", 0)])

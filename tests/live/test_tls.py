@@ -86,6 +86,15 @@ def check(session: Session, notes: list[dict[str, object]], servers: set[int]) -
         pl.col("stream_end").cast(pl.Int64).diff().over("connection", "direction")
     )
     assert (order["stream_end"].drop_nulls() >= 0).all()
+    # requests and responses are told from it, and both ends of each are one request
+    spans = session.recording.spans().collect().filter(protocol="http", state="complete")
+    asked_for, handled = (spans.filter(pl.col("kind") == kind) for kind in ("client", "server"))
+    assert len(asked_for) == len(handled) == ASKED
+    assert asked_for["detail"].n_unique() == ASKED
+    pairs = handled.join(asked_for, left_on="parent_id", right_on="span_id", suffix="_client")
+    assert len(pairs) == ASKED
+    assert (pairs["detail"] == pairs["detail_client"]).all()
+    assert (pairs["evidence"] == "exact").all()
     return rows
 
 

@@ -327,6 +327,77 @@ def test_equal_jobs_are_told_apart_by_order_or_not_at_all(tmp_path: Path):
     assert [job["parent_id"] for job in jobs] == [*pushes[:3], None]
 
 
+def test_a_thread_that_answers_requests_is_no_worker(tmp_path: Path):
+    """It popped within a request; what it does in the next one is not the work on that."""
+    story = cast()
+    outer, cache = story.link(1, WEB, 8000), story.link(WEB, REDIS, 6379)
+    sql = story.link(WEB, DATABASE, 5432)
+    # another thread receives the requests, as with waitress
+    for start, ask in ((0, resp("BLPOP", "tokens", "1")), (10 * MS, None)):
+        story.say(outer, http("GET /a"), start, by_client=True, other_tid=21)
+        if ask:
+            story.ask(cache, ask, b"*2\r\n$6\r\ntokens\r\n$1\r\na\r\n", start + MS, MS)
+        else:
+            story.ask(sql, query("SELECT 1"), selected(1), start + MS, MS)
+        story.say(outer, answer(), start + 5 * MS, by_client=False)
+    spans = spans_of(story.record(tmp_path / "a.scope"))
+    assert not [span for span in spans if span["kind"] == "consumer"]
+    asked = one(spans, kind="client", service="web", protocol="postgresql")
+    assert asked["evidence"] in (None, "guess")
+
+
+def test_what_popped_once_need_not_be_a_worker(tmp_path: Path):
+    story = cast()
+    put, taken = story.link(WEB, REDIS, 6379), story.link(WORKER, REDIS, 6379)
+    sql = story.link(WORKER, DATABASE, 5432)
+    story.ask(put, resp("LPUSH", "jobs", "a"), b":1\r\n", MS, 100 * US)
+    popped = b"*2\r\n$4\r\njobs\r\n$1\r\na\r\n"
+    story.ask(taken, resp("BRPOP", "jobs", "5"), popped, 2 * MS, MS)
+    story.ask(sql, query("SELECT 1"), selected(1), 5 * MS, MS)
+    spans = spans_of(story.record(tmp_path / "a.scope"))
+    assert one(spans, kind="consumer")["edge"] == "queued_by"
+    asked = one(spans, kind="client", service="rq", protocol="postgresql")
+    assert asked["evidence"] == "guess"
+
+
+def test_requests_of_a_recorded_client_are_entries(tmp_path: Path):
+    story = cast()
+    checkout(story)
+    requests = story.record(tmp_path / "a.scope").requests().collect()
+    assert requests.select("service", "entry").rows() == [("web", True), ("inventory", False)]
+
+
+def test_one_end_tells_what_the_other_did_not_see(tmp_path: Path):
+    """The server read its request without a head that says anything."""
+    story = cast()
+    sql = story.link(WEB, DATABASE, 5432)
+    story.ask(sql, query("SELECT a"), selected(1), MS, MS)
+    story.ask(sql, query("SELECT b"), selected(1), 10 * MS, MS)
+    for row in story.rows["messages"][4:]:
+        if row["tgid"] == DATABASE:
+            row["payload"] = None
+    spans = spans_of(story.record(tmp_path / "a.scope"))
+    server = one(spans, kind="server", operation="SELECT b")
+    assert (server["status"], server["evidence"]) == ("SELECT 1", "exact")
+
+
+def test_an_epoll_set_of_one_member_is_no_event_loop(tmp_path: Path):
+    """psycopg 3 waits for its socket so; with a second member it may be one."""
+    for members, evidence in ((1, "derived"), (2, "guess")):
+        story = cast()
+        outer, sql = story.link(1, WEB, 8000), story.link(WEB, DATABASE, 5432)
+        story.say(outer, http("GET /a"), 0, by_client=True)
+        story.call(WEB, "epoll_create1", 200 * US, result=9)
+        for member in range(members):
+            story.call(WEB, "epoll_ctl", (300 + member) * US, arg0=9, arg1=1, arg2=5 + member)
+        story.call(WEB, "epoll_wait", 500 * US, arg0=9, arg2=1)
+        story.ask(sql, query("SELECT 1"), selected(1), MS, MS)
+        story.say(outer, answer(), 4 * MS, by_client=False)
+        recording = story.record(tmp_path / f"{members}.scope")
+        call = one(spans_of(recording), kind="client", service="web")
+        assert call["evidence"] == evidence
+
+
 def test_a_worker_that_forks(tmp_path: Path):
     """The forked child's calls belong to the job if the child ends within it."""
     story = cast()
