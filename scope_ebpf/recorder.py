@@ -177,6 +177,7 @@ class Recorder:
         self._queue: queue.Queue[Drained | None] = queue.Queue(WAITING_BATCHES)
         self._failure: BaseException | None = None
         self._store: Store | None = None
+        self._imported = False
         self._lost = 0
 
     def stop(self) -> None:
@@ -218,13 +219,19 @@ class Recorder:
                 name="scope-writer",
                 daemon=True,
             )
-            writer.start()
+            # Until polars's handler is undone, SIGINT waits: it would kill the process. The writer
+            # and the threads of polars get this mask, too, and leave the signal to this thread.
+            held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                self._drain(capture, live, first, use, on_status)
+                writer.start()
+                self._drain(capture, live, first, use, on_status, held)
             except BaseException as error:
                 self._fail(error)
             finally:
                 self._queue.put(None)
+                while writer.is_alive() and not self._imported:
+                    time.sleep(POLL_SECONDS[0])
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
                 writer.join()
         if self._failure is not None:
             raise self._failure
@@ -236,15 +243,23 @@ class Recorder:
         pending: Drained,
         use: Use,
         on_status: Callable[[Status], None] | None,
+        signals: set[int | signal.Signals],
     ) -> None:
-        """The main thread's loop, and the end of the capture."""
+        """The main thread's loop, and the end of the capture.
+
+        `signals` are to be blocked once polars is imported, in place of those that are until then.
+        """
         began = time.monotonic()
         # from zero, not from what it is now: that was lost since the attaching
         lost = np.zeros_like(capture.lost())
         next_segment, next_status = began, began + STATUS_SECONDS
         interval, marks = POLL_SECONDS[0], 0
+        waiting = True
         while not self._stopping:
             time.sleep(interval)
+            if waiting and self._imported:
+                signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+                waiting = False
             fill = capture.fill()
             pending.add(capture.drain())
             interval = min(
@@ -300,8 +315,11 @@ class Recorder:
             # More threads would encode a segment sooner, for more CPU time and memory in all.
             os.environ.setdefault("POLARS_MAX_THREADS", "1")
             # imported here, while the rings already fill: see above
-            with same_interrupt_handler():
-                from scope_ebpf.recording.store import Store
+            try:
+                with same_interrupt_handler():
+                    from scope_ebpf.recording.store import Store
+            finally:
+                self._imported = True
 
             self._store = Store(self.plan, started_ns, use, notes)
         except BaseException as error:

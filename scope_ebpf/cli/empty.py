@@ -1,4 +1,4 @@
-"""Why a recording has no requests or spans: one sentence for the terminal."""
+"""Why a recording has no requests or spans, or tells less of them: one sentence for the terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from scope_ebpf.recording.reader import Recording
+
+
+def what_is_less(recording: Recording) -> str | None:
+    """What is known less well because families were left out; None: nothing."""
+    families = recording.meta.families
+    if "syscalls" not in families:
+        return (
+            "system calls were not recorded: what belongs to which request within a process is"
+            " a guess at most; record with syscalls in --families"
+        )
+    if "offcpu" not in families:
+        return (
+            "off-CPU time was not recorded: where the time went is not known;"
+            " record with offcpu in --families"
+        )
+    return None
 
 
 def why_empty(recording: Recording) -> str:

@@ -79,6 +79,7 @@ def requests(
     if slow is not None and limit is not None:
         raise UsageError("--slow N and --limit N exclude each other; give one of them")
     from scope_ebpf.analysis.chain import select_requests
+    from scope_ebpf.cli.empty import what_is_less
     from scope_ebpf.recording.reader import open_recording
 
     opened = open_recording(recording)
@@ -108,6 +109,8 @@ def requests(
             "--slow N the slowest, --errors those that failed",
             err=True,
         )
+    if not chosen.is_empty() and not as_json and (less := what_is_less(opened)):
+        click.echo(less, err=True)
 
 
 def _readable(requests: pl.DataFrame) -> pl.DataFrame:

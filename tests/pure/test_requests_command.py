@@ -20,11 +20,13 @@ from tests.pure.shop_spans import requests as request_frame
 
 pytestmark = pytest.mark.pure
 
+FAMILIES = ["processes", "syscalls", "messages", "offcpu"]
+
 
 @pytest.fixture
 def path(tmp_path, monkeypatch) -> Path:
     analysed_as(monkeypatch)
-    return make_recording(tmp_path / "shop.scope")
+    return make_recording(tmp_path / "shop.scope", families=FAMILIES)
 
 
 def run(path: Path, *arguments: str) -> Result:
@@ -98,7 +100,7 @@ def test_json_has_all_columns(path):
 def test_twenty_unless_asked(tmp_path, monkeypatch):
     rows = [request(nth(n), start_ns=at(n)) for n in range(1, 24)]
     analysed_as(monkeypatch, request_rows=rows)
-    path = make_recording(tmp_path / "a.scope")
+    path = make_recording(tmp_path / "a.scope", families=FAMILIES)
     result = run(path)
     assert len(result.stdout.splitlines()) == 21
     assert result.stderr.startswith("the first 20 of 23; --limit N shows more")
@@ -223,3 +225,19 @@ def test_only_a_notable_remainder_is_not_understood():
     assert where_it_went(cpu_ns=950, other_ns=50) == [("cpu", 950), ("not understood", 50)]
     assert where_it_went(other_ns=1000) == [("not understood", 1000)]
     assert where_it_went(duration_ns=0) == []
+
+
+@pytest.mark.parametrize(
+    ("families", "said"),
+    [
+        (["processes", "messages", "offcpu"], "system calls were not recorded"),
+        (["processes", "messages", "syscalls"], "off-CPU time was not recorded"),
+        (FAMILIES, ""),
+    ],
+)
+def test_what_families_that_are_missing_cost(tmp_path, monkeypatch, families, said):
+    analysed_as(monkeypatch)
+    result = run(make_recording(tmp_path / "a.scope", families=families))
+    assert result.stdout
+    assert result.stderr.startswith(said)
+    assert bool(result.stderr) == bool(said)
