@@ -3,6 +3,7 @@
 import click
 
 from scope_ebpf.cli.options import recording_options
+from scope_ebpf.errors import UsageError
 
 
 @click.command(
@@ -48,6 +49,11 @@ def attach(
     from scope_ebpf.loaders.targets import check_pid_namespace, find_target
 
     check_pid_namespace()
+    if 1 in pids and follow:
+        raise UsageError(
+            "process 1 started everything on this host: record all of it with"
+            " `scope-ebpf record --all`, or process 1 alone with --no-follow"
+        )
     targets = tuple(find_target(pid) for pid in dict.fromkeys(pids))
     session.record(
         CaptureOptions(
