@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -99,11 +98,3 @@ def count_before(group: Rows, time: Array, of_group: Rows, of_time: Array) -> Ro
     asking = np.flatnonzero(asks[order])
     result[order[asking] - len(group)] = within[asking]
     return result
-
-
-def first_of_each(values: Sequence[Any] | Array) -> Rows:
-    """Where each run of equal neighbours begins."""
-    array = np.asarray(values)
-    if not len(array):
-        return np.zeros(0, np.intp)
-    return np.flatnonzero(np.r_[True, array[1:] != array[:-1]])

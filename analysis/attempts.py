@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Final
 
 import polars as pl
 
+from scope_ebpf.recording.readable import syscall_numbers
 from scope_ebpf.recording.reader import Recording
-from scope_ebpf.records import RecordLimits
-from scope_ebpf.syscalls import syscall_names
 
 _KINDS: Final = ["tcp", "mptcp", "unix", "unix-seqpacket", "udp"]
 _INTERNET: Final = ["tcp", "mptcp"]
@@ -80,16 +78,6 @@ def read_connects(recording: Recording) -> pl.DataFrame:
     )
 
 
-def call_numbers(recording: Recording, names: Collection[str]) -> list[int]:
-    """The numbers of some system calls: to choose by them is much faster than by names."""
-    machine = recording.meta.host.machine
-    numbers = [number for number, name in syscall_names(machine).items() if name in names]
-    if machine in {"x86_64", "amd64"}:
-        compat = int(RecordLimits.COMPAT_SYSCALL)
-        numbers += [compat + at for at, name in syscall_names("i386").items() if name in names]
-    return numbers
-
-
 def _came_to_nothing(recording: Recording, attempts: pl.DataFrame) -> pl.DataFrame:
     """Attempts under way on whose socket no byte was ever moved until it was closed.
 
@@ -120,7 +108,7 @@ def _came_to_nothing(recording: Recording, attempts: pl.DataFrame) -> pl.DataFra
     if waiting.is_empty():
         return nothing
     ended = pl.col("start_ns") + pl.col("duration_ns")
-    numbers = call_numbers(recording, ["close", *_ONLY_CONNECTED, *_POLLS])
+    numbers = syscall_numbers(recording.meta.host.machine, ["close", *_ONLY_CONNECTED, *_POLLS])
     calls = recording.collect(
         recording.syscalls.filter(pl.col("number").is_in(numbers))
         .join(waiting.lazy().select("tgid").unique(), on="tgid", how="semi")

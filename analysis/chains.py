@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import polars as pl
@@ -12,14 +11,17 @@ from numpy.typing import NDArray
 
 from scope_ebpf.analysis import faults, jobs
 from scope_ebpf.analysis.asof import NONE
+from scope_ebpf.analysis.attempts import read_connects
 from scope_ebpf.analysis.conversations import recognise
-from scope_ebpf.analysis.drafts import DRAFT, draft_spans, resolve_statements
+from scope_ebpf.analysis.drafts import draft_spans, resolve_statements
 from scope_ebpf.analysis.exchanges import find_exchanges, find_turns
 from scope_ebpf.analysis.handovers import read_pipes
+from scope_ebpf.analysis.links import link
 from scope_ebpf.analysis.nesting import read_loops
 from scope_ebpf.analysis.peers import known_servers, name_peers
 from scope_ebpf.analysis.schema import EDGE, EDGES, EVIDENCE, SPAN_KIND, SPANS
 from scope_ebpf.analysis.services import service_names
+from scope_ebpf.analysis.silence import explain_silence
 from scope_ebpf.analysis.wire import read_wire
 from scope_ebpf.protocols.heads import Heads
 from scope_ebpf.protocols.registry import PROTOCOLS
@@ -28,27 +30,17 @@ from scope_ebpf.recording.reader import Recording
 
 Rows = NDArray[np.intp]
 
-_EVIDENCE: Final = ["exact", "derived", "guess"]
-
-# Columns of one edge while spans are still known by their row.
-LINKS: Final = pl.Schema(
-    {
-        "cause": pl.Int64(),
-        "effect": pl.Int64(),
-        "edge": pl.String(),
-        "evidence": pl.String(),
-        "reason": pl.String(),
-        "parent": pl.Boolean(),
-    }
-)
-
 
 @dataclass(frozen=True)
 class Chains:
-    """What a recording's messages tell: frames with the schemas SPANS and EDGES."""
+    """What a recording's messages tell: frames with the schemas SPANS and EDGES.
+
+    `loops`: as nesting.read_loops gives it.
+    """
 
     spans: pl.DataFrame
     edges: pl.DataFrame
+    loops: pl.DataFrame | None
 
 
 def build_chains(recording: Recording) -> Chains:
@@ -56,20 +48,15 @@ def build_chains(recording: Recording) -> Chains:
     connections = recording.collect(recording.connections)
     processes = recording.collect(recording.processes)
     ended_ns = _end(recording)
-    drafts, heads = _exchanges(recording, connections, ended_ns)
     services = service_names(processes)
-    drafts = (
-        drafts.drop("service")
-        .join(services, on="tgid", how="left", maintain_order="left")
-        .select(DRAFT.names())
-    )
-    connects = faults.read_connects(recording)
+    drafts, heads = _exchanges(recording, connections, services, ended_ns)
+    connects = read_connects(recording)
     drafts = faults.begin_with_connects(drafts, connects, connections)
     drafts = pl.concat([drafts, faults.refused_connects(drafts, connects, services)])
-    drafts = faults.explain_silence(recording, drafts)
+    drafts = explain_silence(recording, drafts)
     matched = match_ends(drafts)
     drafts = _as_the_other_end_says(_end_before_peer(drafts, matched), matched)
-    links = [_links(matched, "calls", "exact", "same bytes on the connection")]
+    links = [link(matched, "calls", "exact", "same bytes on the connection")]
     loops = read_loops(recording)
     drafts, nested = jobs.work_on(
         drafts, heads, loops, processes, lambda: read_pipes(recording), ended_ns
@@ -79,9 +66,9 @@ def build_chains(recording: Recording) -> Chains:
     drafts, broken = faults.find_faults(drafts, matched, processes, servers, services, connections)
     links.append(broken)
     drafts = name_peers(drafts, matched, connections, servers)
-    found = pl.concat([one.select(LINKS.names()).cast(LINKS) for one in links])
-    blamed = faults.blame(drafts, found).select(LINKS.names()).cast(LINKS)
-    return _finish(recording, drafts, pl.concat([found, blamed]))
+    found = pl.concat(links)
+    spans, edges = _finish(recording, drafts, pl.concat([found, faults.blame(drafts, found)]))
+    return Chains(spans, edges, loops)
 
 
 def _end(recording: Recording) -> int:
@@ -96,7 +83,7 @@ def _end(recording: Recording) -> int:
 
 
 def _exchanges(
-    recording: Recording, connections: pl.DataFrame, ended_ns: int
+    recording: Recording, connections: pl.DataFrame, services: pl.DataFrame, ended_ns: int
 ) -> tuple[pl.DataFrame, Heads]:
     """The exchanges of a recording as drafts of spans, and the heads that they refer to."""
     wire = read_wire(recording, connections)
@@ -105,12 +92,13 @@ def _exchanges(
     udp = connections.filter(pl.col("kind") == "udp")["connection"].to_numpy()
     spoken = recognise(wire, heads, rows, PROTOCOLS, np.isin(wire.connection, udp))
     turns = find_turns(wire, spoken, heads, rows)
-    exchanges, request_row, response_row = find_exchanges(wire, spoken, turns, ended_ns)
+    exchanges, request_row, response_row = find_exchanges(wire, spoken, turns)
     drafts = draft_spans(
         exchanges,
         turns.requests.select(pl.all().gather(request_row)),
         turns.responses.select(pl.all().gather(response_row)),
         connections,
+        services,
         [protocol.name for protocol in PROTOCOLS],
         ended_ns,
     )
@@ -136,7 +124,7 @@ def match_ends(drafts: pl.DataFrame) -> pl.DataFrame:
     rest = servers.join(aligned, on="row", how="anti").sort("start_ns")
     shifted = (
         rest.join_asof(
-            clients.sort("start_ns").with_columns(client_start_ns="start_ns"),
+            clients.sort("start_ns"),
             on="start_ns",
             by="stream",
             suffix="_client",
@@ -200,23 +188,14 @@ def _as_the_other_end_says(drafts: pl.DataFrame, matched: pl.DataFrame) -> pl.Da
     )
 
 
-def _links(pairs: pl.DataFrame, edge: str, evidence: str, reason: str) -> pl.DataFrame:
-    return pairs.select(
-        "cause",
-        "effect",
-        edge=pl.lit(edge),
-        evidence=pl.lit(evidence),
-        reason=pl.lit(reason),
-        parent=pl.lit(value=True),
-    )
-
-
-def _finish(recording: Recording, drafts: pl.DataFrame, links: pl.DataFrame) -> Chains:
+def _finish(
+    recording: Recording, drafts: pl.DataFrame, links: pl.DataFrame
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Give spans their ids, parents and requests, and the frames their schemas."""
     drafts = drafts.sort("row")
     identity = _identities(recording, drafts)
     # a span has one parent: what its own bytes or items tell goes before everything else
-    grade = pl.col("evidence").cast(pl.Enum(_EVIDENCE)).to_physical()
+    grade = pl.col("evidence").cast(EVIDENCE).to_physical()
     parents = (
         links.filter("parent")
         .sort(grade, maintain_order=True)
@@ -259,7 +238,7 @@ def _finish(recording: Recording, drafts: pl.DataFrame, links: pl.DataFrame) -> 
         )
         .select(pl.col(name).cast(dtype) for name, dtype in EDGES.items())
     )
-    return Chains(spans, edges)
+    return spans, edges
 
 
 def _identities(recording: Recording, drafts: pl.DataFrame) -> NDArray[np.uint64]:

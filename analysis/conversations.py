@@ -27,14 +27,12 @@ class Conversations:
 
     - `protocol`: for each message, an index into `protocols`; -1: none was recognised
     - `client`: for each message, whether its end of the connection is the one that asks
-    - `known`: for each message, whether `client` is known
     - `role`: for each message, what its head was recognised as, `Role.NONE` without a head
     """
 
     protocols: Sequence[Protocol]
     protocol: NDArray[np.int8]
     client: NDArray[np.bool_]
-    known: NDArray[np.bool_]
     role: NDArray[np.uint8]
 
 
@@ -89,14 +87,12 @@ def recognise(
             told = np.flatnonzero(roles)
             sign = _asking(roles[told], wire.receive[rows[mine[told]]])
             np.add.at(balance, of_head[mine[told]], sign)
-    client = balance > 0
-    known = balance != 0
     # An unknown protocol, or one whose recognised heads contradict each other.
     first_sends = ~wire.receive[begins]
-    client = np.where(known, client, first_sends)
+    client = np.where(balance != 0, balance > 0, first_sends)
     whole = np.zeros(len(wire), np.uint8)
     whole[rows] = role
-    return Conversations(protocols, spoken[number], client[number], known[number], whole)
+    return Conversations(protocols, spoken[number], client[number], whole)
 
 
 def _asking(roles: NDArray[np.uint8], receive: NDArray[np.bool_]) -> NDArray[np.int32]:

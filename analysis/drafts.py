@@ -45,7 +45,6 @@ DRAFT: Final = pl.Schema(
         "element": pl.String(),
         "response_queue": pl.String(),
         "response_element": pl.String(),
-        "waits": pl.Boolean(),
         "defines": pl.String(),
         "uses": pl.String(),
         "request_head": pl.Int64(),
@@ -61,6 +60,7 @@ def draft_spans(
     requests: pl.DataFrame,
     responses: pl.DataFrame,
     connections: pl.DataFrame,
+    services: pl.DataFrame,
     protocols: Sequence[str],
     ended_ns: int,
 ) -> pl.DataFrame:
@@ -72,7 +72,6 @@ def draft_spans(
     names = pl.Series(protocols, dtype=pl.String)
     number = exchanges["protocol"].cast(pl.Int64)
     spoken = names.gather(number.set(number < 0, None))
-    asked = pl.col("queue_action").cast(pl.String)
     # requests that came in one message are one span, and it says so
     more = requests["requests"].fill_null(1).cast(pl.Int64) - 1
     piped = pl.Series(more > 0) & (spoken == "http").fill_null(value=False)
@@ -84,7 +83,6 @@ def draft_spans(
         .otherwise(requests["operation"]),
         detail=requests["detail"],
         answered=answered,
-        waits=requests["waits"].fill_null(value=False),
         queue_action=requests["queue_action"].cast(pl.String),
         queue=requests["queue"],
         element=requests["element"],
@@ -96,7 +94,7 @@ def draft_spans(
         miss=responses["miss"].fill_null(value=False) & answered,
         response_queue=responses["queue"],
         response_element=responses["element"],
-    ).with_columns(asked)
+    )
     remote = connections.select(
         "connection",
         pl.coalesce("remote_address", "remote_path").alias("remote"),
@@ -105,7 +103,7 @@ def draft_spans(
     )
     told = told.join(
         remote.unique("connection", keep="last"), on="connection", how="left", maintain_order="left"
-    )
+    ).join(services, on="tgid", how="left", maintain_order="left")
     whole_tcp = (pl.col("carrier") == "tcp") & pl.col("end_ns").is_not_null() & ~pl.col("orphan")
     told = told.filter(pl.col("protocol").is_not_null() | (whole_tcp & ~pl.col("delivery")))
     kind = (
@@ -130,7 +128,6 @@ def draft_spans(
         told.with_columns(kind=kind, state=state, sent_ns="start_ns")
         .with_columns(until_ns=until(ended_ns))
         .with_row_index("row")
-        .with_columns(service=pl.lit(None, dtype=pl.String))
         .select(pl.col(name).cast(dtype) for name, dtype in DRAFT.items())
     )
 

@@ -99,20 +99,19 @@ def _parse(
 
 
 def find_exchanges(
-    wire: Wire, spoken: Conversations, turns: Turns, ended_ns: int
+    wire: Wire, spoken: Conversations, turns: Turns
 ) -> tuple[pl.DataFrame, Rows, Rows]:
     """Pair the turns of each connection: each turn of requests with the responses that follow.
 
     Returns one row per exchange, sorted by connection and time, and for each the row of its
     request in `turns.requests` and of its response in `turns.responses`:
 
-    - `connection`, `fd`, `protocol` (number, -1: unknown), `client` (this end asked), `role_known`
+    - `connection`, `fd`, `protocol` (number, -1: unknown), `client` (this end asked)
     - `tgid`, `tid`, `context`: who sent or received the request's first bytes; `response_tid`: who
       moved the response's last ones
     - `start_ns`: the request was sent, or had been received; `end_ns`: the response's last bytes
       had been received or sent, null without a response
     - `asked_ns`: when the last bytes of the request moved
-    - `last_ns`: when its last message of any kind ended
     - `stream`, `begin`, `exact`: the request's first byte
     - `request_bytes`, `response_bytes`
     - `delivery`: no request came first: a server pushed it to a subscriber
@@ -166,7 +165,6 @@ def find_exchanges(
             "fd": wire.fd[first_row],
             "protocol": spoken.protocol[first_row],
             "client": spoken.client[first_row],
-            "role_known": spoken.known[first_row],
             "tgid": wire.tgid[first_row],
             "tid": wire.tid[first_row],
             "context": wire.context[first_row],
@@ -174,7 +172,6 @@ def find_exchanges(
             "start_ns": wire.moved_ns[first_row],
             "end_ns": end_ns,
             "asked_ns": asked_ns,
-            "last_ns": np.maximum.reduceat(end, cuts),
             "stream": wire.stream[first_row],
             "begin": wire.begin[first_row],
             "exact": wire.exact[first_row],
@@ -220,7 +217,6 @@ def _no_exchanges() -> pl.DataFrame:
             "fd": pl.UInt32,
             "protocol": pl.Int8,
             "client": pl.Boolean,
-            "role_known": pl.Boolean,
             "tgid": pl.UInt32,
             "tid": pl.UInt32,
             "context": pl.UInt64,
@@ -228,7 +224,6 @@ def _no_exchanges() -> pl.DataFrame:
             "start_ns": pl.Int64,
             "end_ns": pl.Int64,
             "asked_ns": pl.Int64,
-            "last_ns": pl.Int64,
             "stream": pl.UInt64,
             "begin": pl.UInt64,
             "exact": pl.Boolean,

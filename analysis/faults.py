@@ -6,20 +6,11 @@ from typing import Final
 
 import polars as pl
 
-from scope_ebpf.analysis.attempts import NOT_IN_TIME, read_connects
+from scope_ebpf.analysis.attempts import NOT_IN_TIME
 from scope_ebpf.analysis.drafts import DRAFT
+from scope_ebpf.analysis.links import link
 from scope_ebpf.analysis.peers import namespaces
-from scope_ebpf.analysis.silence import GAVE_UP, REASONS, explain_silence
-
-__all__ = [
-    "begin_with_connects",
-    "blame",
-    "explain_silence",
-    "fill",
-    "find_faults",
-    "read_connects",
-    "refused_connects",
-]
+from scope_ebpf.analysis.silence import GAVE_UP, REASONS
 
 # Sockets that the C library asks first and does without; nobody misses them.
 _OPTIONAL_PATHS: Final = (
@@ -144,7 +135,6 @@ def fill(columns: pl.DataFrame, *, first_row: int) -> pl.DataFrame:
         "request_bytes": 0,
         "response_bytes": 0,
         "exact": False,
-        "waits": False,
         "request_head": -1,
         "response_head": -1,
         "begin": 0,
@@ -169,7 +159,7 @@ def find_faults(
     processes: pl.DataFrame,
     servers: pl.DataFrame,
     services: pl.DataFrame,
-    connections: pl.DataFrame | None = None,
+    connections: pl.DataFrame,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Add a draft for each process that a signal ended, or whose end others felt.
 
@@ -211,12 +201,11 @@ def find_faults(
         on=["remote", "remote_port"],
         nulls_equal=True,
     )
-    if connections is not None:
-        # the same loopback address is another place in another network namespace
-        own = namespaces(drafts, connections).rename({"netns": "own"})
-        listened = listened.join(own, on="row", how="left").filter(
-            pl.col("own").is_null() | pl.col("netns").is_null() | (pl.col("own") == pl.col("netns"))
-        )
+    # the same loopback address is another place in another network namespace
+    own = namespaces(drafts, connections).rename({"netns": "own"})
+    listened = listened.join(own, on="row", how="left").filter(
+        pl.col("own").is_null() | pl.col("netns").is_null() | (pl.col("own") == pl.col("netns"))
+    )
     felt = (
         pl.concat([by_connection, listened.select("row", "until_ns", "grace_ns", "server_tgid")])
         .join(exits, left_on="server_tgid", right_on="tgid", how="left")
@@ -271,15 +260,13 @@ def find_faults(
         ),
         first_row=len(drafts),
     )
-    links = felt.join(
-        faults.select("tgid", exit_ns="start_ns", cause="row"), on=["tgid", "exit_ns"]
-    ).select(
-        "cause",
-        effect="row",
-        edge=pl.lit("caused_by"),
-        evidence=pl.lit("derived"),
-        reason=pl.lit("the process at the other end had ended"),
-        parent=pl.lit(value=False),
+    ended = faults.select("tgid", exit_ns="start_ns", cause="row")
+    links = link(
+        felt.join(ended, on=["tgid", "exit_ns"]).rename({"row": "effect"}),
+        "caused_by",
+        "derived",
+        "the process at the other end had ended",
+        parent=False,
     )
     # what the process itself was working on
     cut = (
@@ -287,20 +274,15 @@ def find_faults(
             pl.col("kind").is_in(["server", "consumer"])
             & pl.col("state").is_in(["open", "no_response"])
         )
-        .join(faults.select("tgid", exit_ns="start_ns", cause="row"), on="tgid")
+        .join(ended, on="tgid")
         .filter(
             (pl.col("sent_ns") <= pl.col("exit_ns")) & (pl.col("exit_ns") <= pl.col("until_ns"))
         )
         .sort("row", "exit_ns")
         .unique("row", keep="first", maintain_order=True)
     )
-    inside = cut.select(
-        "cause",
-        effect="row",
-        edge=pl.lit("caused_by"),
-        evidence=pl.lit("exact"),
-        reason=pl.lit("its own process ended"),
-        parent=pl.lit(value=False),
+    inside = link(
+        cut.rename({"row": "effect"}), "caused_by", "exact", "its own process ended", parent=False
     )
     died = cut.select("row", died_ns="exit_ns")
     drafts = (
@@ -364,16 +346,16 @@ def blame(drafts: pl.DataFrame, links: pl.DataFrame) -> pl.DataFrame:
         .sort("below_ns", "effect")
         .unique("cause", keep="last", maintain_order=True)
         .join(went_on, on="cause", how="left")
-        .select(
-            cause="effect",
-            effect="cause",
-            edge=pl.lit("caused_by"),
-            evidence=pl.when(pl.col("on_ns") > pl.col("below_ns"))
-            .then(pl.lit("guess"))
-            .otherwise(pl.lit("derived")),
-            reason=pl.lit("the last call that failed within it"),
-            parent=pl.lit(value=False),
-        )
+    )
+    # what failed below is the cause of what failed above
+    turned = {"cause": "effect", "effect": "cause"}
+    went_on_well = pl.col("on_ns") > pl.col("below_ns")
+    within = link(
+        within.rename(turned),
+        "caused_by",
+        pl.when(went_on_well).then(pl.lit("guess")).otherwise(pl.lit("derived")),
+        "the last call that failed within it",
+        parent=False,
     )
     # what became of it there after its client had given up is no cause
     answered = pl.col("answered").is_not_null()
@@ -381,14 +363,14 @@ def blame(drafts: pl.DataFrame, links: pl.DataFrame) -> pl.DataFrame:
         (pl.col("above") == "client")
         & (pl.col("below") == "server")
         & (pl.col("below_ns") <= pl.col("above_ns") + pl.col("grace_ns"))
-    ).select(
-        cause="effect",
-        effect="cause",
-        edge=pl.lit("caused_by"),
-        evidence=pl.when(answered).then(pl.lit("exact")).otherwise(pl.lit("derived")),
-        reason=pl.when(answered)
+    )
+    passed_on = link(
+        passed_on.rename(turned),
+        "caused_by",
+        pl.when(answered).then(pl.lit("exact")).otherwise(pl.lit("derived")),
+        pl.when(answered)
         .then(pl.lit("the response that it got"))
         .otherwise(pl.lit("what became of its request there")),
-        parent=pl.lit(value=False),
+        parent=False,
     )
     return pl.concat([within, passed_on])

@@ -7,6 +7,7 @@ import polars as pl
 
 from scope_ebpf.analysis.asof import NONE, first_after, group_numbers, latest_before
 from scope_ebpf.analysis.drafts import DRAFT
+from scope_ebpf.analysis.links import link
 from scope_ebpf.analysis.queues import ids_in
 from scope_ebpf.protocols.heads import Heads
 from scope_ebpf.recording.reader import Recording
@@ -91,13 +92,11 @@ def hand_over(
         )
     )
     drafts = work.select(pl.col(name).cast(dtype) for name, dtype in DRAFT.items())
-    links = work.select(
-        cause="job",
-        effect="row",
-        edge=pl.lit("continues"),
-        evidence=pl.lit("derived"),
-        reason=pl.lit("its id in what its process was sent over a pipe"),
-        parent=pl.lit(value=True),
+    links = link(
+        work.select(cause="job", effect="row"),
+        "continues",
+        "derived",
+        "its id in what its process was sent over a pipe",
     )
     return drafts, links
 

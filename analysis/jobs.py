@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from scope_ebpf.analysis.asof import NONE, count_before, first_after, group_numbers, latest_before
 from scope_ebpf.analysis.drafts import DRAFT
 from scope_ebpf.analysis.handovers import hand_over
+from scope_ebpf.analysis.links import link
 from scope_ebpf.analysis.nesting import REASONS, Flows, Nested, nest
 from scope_ebpf.analysis.queues import link_queues
+from scope_ebpf.analysis.schema import EVIDENCE
 from scope_ebpf.protocols.heads import Heads
 
 Rows = NDArray[np.intp]
 
 # Protocols whose request line a proxy passes on as it is.
 _PROXIED: Final = "http"
-_EVIDENCE: Final = ("exact", "derived", "guess")
 # Requests that may put something into a queue although their head does not show it.
 _MAY_PUSH: Final = r"^(PIPELINE|MULTI|EVAL|EVALSHA|FCALL|HSET|HMSET|SET|XADD|INSERT)\b"
 # Replies of these may hold something that came out of a queue.
@@ -77,7 +78,7 @@ def work_on(
             ended_ns=ended_ns,
         )
         drafts, consumers = pl.concat([drafts, passed]), pl.concat([consumers, passed])
-        linked = pl.concat([linked, passed_on], how="vertical_relaxed")
+        linked = pl.concat([linked, passed_on])
     handlers = pl.concat([servers, consumers])
     nested = nest(_flows(handlers, lines), _flows(clients, lines), loops, _repliers(handlers))
     links = [
@@ -172,16 +173,15 @@ def _repliers(drafts: pl.DataFrame) -> Rows:
 
 def _nested_links(handlers: pl.DataFrame, clients: pl.DataFrame, nested: Nested) -> pl.DataFrame:
     found = np.flatnonzero(nested.parent != NONE)
-    return pl.DataFrame(
+    pairs = pl.DataFrame(
         {
             "cause": handlers["row"].to_numpy()[nested.parent[found]],
             "effect": clients["row"].to_numpy()[found],
-            "edge": pl.Series(["calls"], dtype=pl.String).new_from_index(0, len(found)),
-            "evidence": pl.Series(_EVIDENCE).gather(nested.evidence[found]),
+            "evidence": EVIDENCE.categories.gather(nested.evidence[found]),
             "reason": pl.Series(REASONS).gather(nested.reason[found]),
-            "parent": pl.Series([True]).new_from_index(0, len(found)),
         }
     )
+    return link(pairs, "calls", pl.col("evidence"), pl.col("reason"))
 
 
 def _taken(drafts: pl.DataFrame, free: pl.DataFrame) -> pl.DataFrame:
@@ -295,13 +295,11 @@ def _consumers(
     actions = sent.select(producer=pl.col("row").cast(pl.UInt32), action="queue_action")
     links = pairs.join(numbers, on="delivery").join(actions, on="producer", how="left")
     published = (pl.col("action") == "publish").fill_null(value=False)
-    linked = links.select(
-        cause=pl.col("producer").cast(pl.Int64),
-        effect="effect",
-        edge=pl.when(published).then(pl.lit("triggered_by")).otherwise(pl.lit("queued_by")),
-        evidence=pl.lit("derived"),
-        reason="reason",
-        parent=pl.lit(value=True),
+    linked = link(
+        links.rename({"producer": "cause"}),
+        pl.when(published).then(pl.lit("triggered_by")).otherwise(pl.lit("queued_by")),
+        "derived",
+        pl.col("reason"),
     )
     return consumers, linked, jobs
 
@@ -345,7 +343,7 @@ def _with_loops_of_jobs(
 
 def _texts(heads: Heads, rows: pl.Series) -> pl.Series:
     known = rows.to_numpy() >= 0
-    text = heads.take(np.flatnonzero(known) * 0 + rows.to_numpy()[known]).text()
+    text = heads.take(rows.to_numpy()[known]).text()
     places = np.cumsum(known) - 1
     return text.gather(pl.Series(np.where(known, places, -1)).replace(-1, None))
 
@@ -397,13 +395,12 @@ def _forked_links(
         orient="row",
     )
     free = clients.filter(pl.Series(nested.parent == NONE)).join(children, on="tgid")
-    return free.filter(pl.col("start_ns").is_between("begin_ns", "exit_ns")).select(
-        "cause",
-        effect="row",
-        edge=pl.lit("forked_by"),
-        evidence=pl.lit("exact"),
-        reason=pl.lit("its process was forked for it, and ended within it"),
-        parent=pl.lit(value=True),
+    work = free.filter(pl.col("start_ns").is_between("begin_ns", "exit_ns"))
+    return link(
+        work.rename({"row": "effect"}),
+        "forked_by",
+        "exact",
+        "its process was forked for it, and ended within it",
     )
 
 
@@ -428,11 +425,10 @@ def _cache_fills(clients: pl.DataFrame, nested: pl.DataFrame) -> pl.DataFrame:
     between = mine.join(pairs, on="cause").filter(
         pl.col("start_ns").is_between("missed_ns", "filled_ns")
     )
-    return between.select(
-        cause="missed",
-        effect="row",
-        edge=pl.lit("triggered_by"),
-        evidence=pl.lit("derived"),
-        reason=pl.lit("between a cache miss and the filling of that key"),
-        parent=pl.lit(value=False),
+    return link(
+        between.select(cause="missed", effect="row"),
+        "triggered_by",
+        "derived",
+        "between a cache miss and the filling of that key",
+        parent=False,
     )

@@ -17,6 +17,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from scope_ebpf.analysis.asof import NONE, count_before, group_numbers, latest_before
+from scope_ebpf.recording.readable import syscall_numbers
 from scope_ebpf.recording.reader import Recording
 
 Times = NDArray[np.int64]
@@ -46,8 +47,8 @@ class Flows:
 
     `begun_ns`: of a call, when it was decided on: if it made a connection first, at the connect().
     Of a request, when all of it was there: a proxy waits for the body before it passes it on.
-    `line` is what was asked (`GET /a?b=1`), empty where it is not known or of no protocol that
-    proxies pass on; `key` numbers of equal values are compared, not the texts.
+    `line` is a number of what was asked (`GET /a?b=1`), equal where that is; 0 where it is not known
+    or of no protocol that proxies pass on.
     """
 
     tgid: NDArray[np.uint32]
@@ -86,10 +87,10 @@ def read_loops(recording: Recording) -> pl.DataFrame | None:
     """The calls that wait for several things: tgid, tid, start_ns; None if calls are not recorded."""
     if "syscalls" not in recording.meta.families:
         return None
-    several = pl.col("name").is_in(MULTIPLEXING)
-    several |= pl.col("name").is_in(["poll", "ppoll"]) & (pl.col("arg1") > _POLLED)
+    several = _is_call(recording, MULTIPLEXING)
+    several |= _is_call(recording, ["poll", "ppoll"]) & (pl.col("arg1") > _POLLED)
     # one event at most: perhaps because there is one descriptor
-    one = pl.col("name").is_in(_EPOLL_WAITS) & (pl.col("arg2") == 1)
+    one = _is_call(recording, _EPOLL_WAITS) & (pl.col("arg2") == 1)
     calls = recording.collect(
         recording.syscalls.filter(several).select("tgid", "tid", "start_ns", "arg0", one=one)
     )
@@ -99,6 +100,10 @@ def read_loops(recording: Recording) -> pl.DataFrame | None:
     return calls.select("tgid", "tid", "start_ns")
 
 
+def _is_call(recording: Recording, names: list[str]) -> pl.Expr:
+    return pl.col("number").is_in(syscall_numbers(recording.meta.host.machine, names))
+
+
 def _of_several(recording: Recording, waits: pl.DataFrame) -> pl.DataFrame:
     """The calls of epoll_wait whose set was not seen to be made with one member and left so.
 
@@ -106,12 +111,12 @@ def _of_several(recording: Recording, waits: pl.DataFrame) -> pl.DataFrame:
     """
     made = recording.collect(
         recording.syscalls.filter(
-            pl.col("name").is_in(["epoll_create", "epoll_create1"]) & (pl.col("result") >= 0)
+            _is_call(recording, ["epoll_create", "epoll_create1"]) & (pl.col("result") >= 0)
         ).select("tgid", "start_ns", set=pl.col("result").cast(pl.UInt64))
     )
     added = recording.collect(
         recording.syscalls.filter(
-            (pl.col("name") == "epoll_ctl") & (pl.col("arg1") == _EPOLL_ADD)
+            _is_call(recording, ["epoll_ctl"]) & (pl.col("arg1") == _EPOLL_ADD)
         ).select("tgid", "start_ns", set="arg0")
     )
 

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from scope_ebpf.analysis.matching import expand, overlaps
 from scope_ebpf.analysis.schema import PARTS
+from scope_ebpf.recording.readable import syscall_numbers
 from scope_ebpf.recording.reader import Recording
-from scope_ebpf.records import RecordLimits
-from scope_ebpf.syscalls import syscall_names
 
 Rows = NDArray[np.intp]
 Numbers = NDArray[np.int64]
@@ -67,7 +66,7 @@ def time_parts(recording: Recording, spans: pl.DataFrame, peers: pl.DataFrame) -
     messages = recording.messages.select(
         *_EVENTS, (pl.col("direction") == "send").alias("asks")
     ).join(tids, on="tid", how="semi")
-    calls = _numbers(machine, _CALLS[_POLL])
+    calls = syscall_numbers(machine, _CALLS[_POLL])
     timed_out = recording.syscalls.filter(
         pl.col("number").is_in(calls) & (pl.col("result") == 0)
     ).select("tid", "start_ns")
@@ -154,7 +153,7 @@ def divide_time(
         _among(tids, of_span[span], call_ns, timed_out),
     )  # fmt: skip
     disk = rows.disk[interval] & (waits_in != _CHILD)
-    socket_calls = _numbers(machine, _SOCKET_CALLS)
+    socket_calls = syscall_numbers(machine, _SOCKET_CALLS)
     asked = certain | (waits_in == _POLL) | np.isin(rows.number[interval], socket_calls)
     for_peer = np.isin(waits_in, [_MOVE, _POLL, _CONNECT]) & asked & (peer >= 0) & ~disk
     for kind, (place, _) in _NAMED.items():
@@ -400,14 +399,5 @@ def _classes(machine: str) -> NDArray[np.uint8]:
     """By the number of a system call, what a thread waits for in it."""
     classes = np.full(_NO_CALL + 1, _OTHER, np.uint8)
     for kind, names in _CALLS.items():
-        classes[_numbers(machine, names)] = kind
+        classes[syscall_numbers(machine, names)] = kind
     return classes
-
-
-def _numbers(machine: str, names: list[str]) -> list[int]:
-    """The numbers of system calls, also of 32-bit ones, as a recording has them."""
-    numbers = [number for number, name in syscall_names(machine).items() if name in names]
-    if machine in {"x86_64", "amd64"}:
-        compat = int(RecordLimits.COMPAT_SYSCALL)
-        numbers += [compat + at for at, name in syscall_names("i386").items() if name in names]
-    return numbers

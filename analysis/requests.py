@@ -6,7 +6,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from scope_ebpf.analysis.nesting import Flows, read_loops, works_alone
+from scope_ebpf.analysis.chains import Chains
+from scope_ebpf.analysis.nesting import Flows, works_alone
 from scope_ebpf.analysis.parts import time_parts
 from scope_ebpf.analysis.schema import PARTS, REQUESTS
 from scope_ebpf.recording.reader import Recording
@@ -15,13 +16,14 @@ from scope_ebpf.recording.reader import Recording
 _APPLICATIONS = ("http",)
 
 
-def find_requests(recording: Recording, spans: pl.DataFrame) -> pl.DataFrame:
+def find_requests(recording: Recording, chains: Chains) -> pl.DataFrame:
     """One row per request that a recorded server handled and per job, with the schema REQUESTS.
 
-    `spans` has the schema SPANS. A request is a server's span that nothing recorded caused, any
+    A request is a server's span that nothing recorded caused, any
     server's span of HTTP, or a consumer's span. Of those whose request was not seen, because it
     came before the recording, nothing is known: they are left out.
     """
+    spans = chains.spans
     handled = (pl.col("kind") == "consumer") | (
         (pl.col("kind") == "server")
         & (pl.col("parent_id").is_null() | pl.col("protocol").is_in(_APPLICATIONS))
@@ -35,7 +37,7 @@ def find_requests(recording: Recording, spans: pl.DataFrame) -> pl.DataFrame:
     )
     counts = count_downstream(spans)
     found = found.join(counts, on="span_id", how="left", maintain_order="left")
-    parts = _parts(recording, spans, found)
+    parts = _parts(recording, chains, found)
     return (
         found.join(parts, on="row", how="left", maintain_order="left")
         .with_columns(pl.col("spans").fill_null(0))
@@ -88,20 +90,20 @@ def _subtree_sizes(parent: NDArray[np.intp]) -> NDArray[np.uint32]:
     return sizes
 
 
-def _parts(recording: Recording, spans: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
+def _parts(recording: Recording, chains: Chains, found: pl.DataFrame) -> pl.DataFrame:
     """Where the time of each request went: `row`, and the columns of REQUESTS from `cpu_ns` on.
 
     Of a thread that worked on nothing else, all its time is the request's: see `time_parts`. In an
     event loop only what the request itself is known to have waited for is.
     """
     peers = (
-        spans.filter(pl.col("connection").is_not_null() & pl.col("peer").is_not_null())
+        chains.spans.filter(pl.col("connection").is_not_null() & pl.col("peer").is_not_null())
         .select("connection", "peer", "protocol")
         .unique("connection", keep="first", maintain_order=True)
     )
-    alone = pl.Series(works_alone(_flows(found), read_loops(recording)))
+    alone = pl.Series(works_alone(_flows(found), chains.loops))
     by_thread = time_parts(recording, found.filter(alone), peers)
-    by_calls = _calls_of(found.filter(~alone), spans)
+    by_calls = _calls_of(found.filter(~alone), chains.spans)
     return pl.concat([by_thread.select(by_calls.columns), by_calls])
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 import polars as pl
 
-from scope_ebpf.analysis.attempts import call_numbers
+from scope_ebpf.recording.readable import syscall_numbers
 from scope_ebpf.recording.reader import Recording
 
 REASONS: Final = {
@@ -123,7 +123,7 @@ def _next_calls(recording: Recording, silent: pl.DataFrame) -> pl.DataFrame:
     ended = pl.col("start_ns") + pl.col("duration_ns")
     polled = pl.col("name").is_in(_POLLS) & (pl.col("arg1") == 1)
     receives = pl.col("name").is_in(_RECEIVES)
-    numbers = call_numbers(recording, ["close", *_POLLS, *_RECEIVES])
+    numbers = syscall_numbers(recording.meta.host.machine, ["close", *_POLLS, *_RECEIVES])
     errnos = [-getattr(errno, name) for name in _BROKEN]
     calls = recording.collect(
         recording.syscalls.filter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from enum import IntEnum
 from functools import cache
 from typing import Final
@@ -90,6 +91,22 @@ def syscall_name(number: str, machine: str) -> pl.Expr:
     )
 
 
+def syscall_numbers(machine: str, names: Collection[str]) -> list[int]:
+    """The numbers of some system calls, also of 32-bit ones, as a recording has them.
+
+    To choose rows by them is much faster than by names.
+    """
+    native, compat = _tables(machine)
+    numbers = [number for number, name in native.items() if name in names]
+    return numbers + [_COMPAT + number for number, name in compat.items() if name in names]
+
+
+def _tables(machine: str) -> tuple[Mapping[int, str], Mapping[int, str]]:
+    """The native table of system calls, and that of 32-bit ones."""
+    compat = syscall_names("i386") if machine in {"x86_64", "amd64"} else {}
+    return syscall_names(machine), compat
+
+
 @cache
 def _signals() -> pl.Enum:
     return pl.Enum([signal_name(number) for number in range(_LAST_SIGNAL + 1)])
@@ -102,8 +119,7 @@ def _errors() -> pl.Enum:
 
 @cache
 def _syscalls(machine: str) -> tuple[pl.Enum, pl.Enum]:
-    native = syscall_names(machine)
-    compat = syscall_names("i386") if machine in {"x86_64", "amd64"} else {}
+    native, compat = _tables(machine)
     return (
         pl.Enum([native.get(number, f"syscall_{number}") for number in range(_COMPAT)]),
         pl.Enum([compat.get(number, f"compat_syscall_{number}") for number in range(_COMPAT)]),

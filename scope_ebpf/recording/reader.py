@@ -340,7 +340,7 @@ class Recording:
         from scope_ebpf.analysis.requests import find_requests
         from scope_ebpf.analysis.schema import REQUESTS
 
-        return pl.defer(lambda: find_requests(self, self._chains().spans), schema=REQUESTS)
+        return pl.defer(lambda: find_requests(self, self._chains()), schema=REQUESTS)
 
     def _chains(self) -> Chains:
         # collect_all computes several frames at once, in threads
