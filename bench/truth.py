@@ -33,7 +33,6 @@ class Compared:
     missing: Counter[str] = field(default_factory=Counter)
     guessed: Counter[str] = field(default_factory=Counter)
     exact_wrong: int = 0
-    examples: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def expected(self) -> int:
@@ -92,8 +91,6 @@ def compare(recording: Recording, truth: Sequence[dict[str, Any]]) -> Compared:
             getattr(result, verdict)[what] += count
     wrong = checked.filter(pl.col("verdict") == "wrong")
     result.exact_wrong = wrong.filter(pl.col("evidence").cast(pl.String) == "exact").height
-    bad = checked.filter(pl.col("verdict").is_in(["wrong", "missing", "guessed"]))
-    result.examples = bad.sort("verdict", descending=True).head(20).to_dicts()
     return result
 
 

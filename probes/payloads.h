@@ -84,6 +84,21 @@ static __always_inline void find_payload(struct flight *flight, __u8 shape, __u6
 	}
 }
 
+/* A wide slot for the payload of a hot record, or NULL: then it is counted as lost. */
+static __always_inline struct payload *reserve_payload(struct cpu_state *cpu, __u64 hot_index, __u64 *index)
+{
+	struct payload *payload = wide_reserve(cpu, index, wide_slots / 8);
+
+	if (!payload) {
+		count_loss(cpu, LOSS_PAYLOADS);
+		return NULL;
+	}
+	payload->kind = RECORD_PAYLOAD;
+	payload->flags = 0;
+	payload->hot_index = hot_index;
+	return payload;
+}
+
 __noinline int write_payload(struct cpu_state *cpu, __u64 hot_index, __u32 length, __u8 shape)
 {
 	__u64 vectors, count, base, index;
@@ -94,14 +109,9 @@ __noinline int write_payload(struct cpu_state *cpu, __u64 hot_index, __u32 lengt
 	find_payload(&cpu->flight, shape, &vectors, &count, &base);
 	if (!vectors && !base)
 		return false; /* sendfile and splice: the bytes were never in the process's memory */
-	payload = wide_reserve(cpu, &index, wide_slots / 8);
-	if (!payload) {
-		count_loss(cpu, LOSS_PAYLOADS);
+	payload = reserve_payload(cpu, hot_index, &index);
+	if (!payload)
 		return false;
-	}
-	payload->kind = RECORD_PAYLOAD;
-	payload->flags = 0;
-	payload->hot_index = hot_index;
 	payload->length_bytes = base ? copy_buffer(payload, base, length)
 				     : copy_vectors(payload, vectors, count, length);
 	commit(&payload->sequence, index);

@@ -158,14 +158,9 @@ __noinline int write_plain_text(struct cpu_state *cpu, __u64 hot_index, __u64 bu
 
 	if (!cpu)
 		return false;
-	payload = wide_reserve(cpu, &index, wide_slots / 8);
-	if (!payload) {
-		count_loss(cpu, LOSS_PAYLOADS);
+	payload = reserve_payload(cpu, hot_index, &index);
+	if (!payload)
 		return false;
-	}
-	payload->kind = RECORD_PAYLOAD;
-	payload->flags = 0;
-	payload->hot_index = hot_index;
 	payload->length_bytes = copy_buffer(payload, buffer, length);
 	commit(&payload->sequence, index);
 	return true;

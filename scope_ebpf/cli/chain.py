@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -119,11 +118,8 @@ def _id(span_id: int | None) -> str | None:
 
 
 def _moment(realtime_ns: int) -> str:
-    try:
-        moment = datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(
-            microseconds=realtime_ns // 1000
-        )
-    except OverflowError:  # a clock that was never set
+    moment = units.moment(realtime_ns)
+    if moment is None:
         return "at an unknown time"
     return f"{moment.isoformat(sep=' ', timespec='milliseconds')[:23]} UTC"
 

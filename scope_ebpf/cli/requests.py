@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -238,11 +237,8 @@ def parts(row: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 
 def _moment(realtime_ns: int) -> str:
-    try:
-        moment = datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(
-            microseconds=realtime_ns // 1000
-        )
-    except OverflowError:  # a clock that was never set
+    moment = units.moment(realtime_ns)
+    if moment is None:
         return "---------- unknown"
     return moment.isoformat(sep=" ", timespec="milliseconds")[:23]
 

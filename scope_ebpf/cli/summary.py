@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -168,11 +167,8 @@ def _print_offcpu(found: Summary, console: Console) -> None:
 
 
 def _moment(found: Summary) -> str:
-    try:
-        moment = datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(
-            microseconds=found.started_realtime_ns // 1000
-        )
-    except OverflowError:  # a clock that was never set
+    moment = units.moment(found.started_realtime_ns)
+    if moment is None:
         return "an unknown time"
     return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 

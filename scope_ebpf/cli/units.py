@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta, timezone
+
 _SI_SIZES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 _TIMES_NS = ((10**9, "s"), (10**6, "ms"), (10**3, "µs"))
 
@@ -73,3 +75,17 @@ def cut(text: str, width: int) -> str:
     ('gunicorn', 'guni…')
     """
     return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+
+
+def moment(realtime_ns: int) -> datetime | None:
+    """A point in time in UTC, from nanoseconds since 1970; None: a clock that was never set.
+
+    >>> moment(1_700_000_000_123_456_789).isoformat(" ", "milliseconds")
+    '2023-11-14 22:13:20.123+00:00'
+    """
+    try:
+        return datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(
+            microseconds=realtime_ns // 1000
+        )
+    except OverflowError:
+        return None
