@@ -36,6 +36,16 @@ RECORDS = (
     "connection",
     "connect",
     "marked_task",
+    "sample",
+    "flow",
+    "context",
+    "handoff",
+    "gil",
+    "frame",
+    "stack_part",
+    "code_part",
+    "hit",
+    "interpreter",
     "cpu_state",
 )
 

@@ -42,6 +42,14 @@ enum record_kind {
 	RECORD_PAYLOAD = 7,	 /* wide: the payload of the hot record with the same index */
 	RECORD_CONNECT = 8,	 /* wide: a row of connects */
 	RECORD_TLS = 9,		 /* hot: a row of tls */
+	RECORD_SAMPLE = 10,	 /* hot: a row of samples */
+	RECORD_FLOW = 11,	 /* hot: a row of flows */
+	RECORD_CONTEXT = 12,	 /* hot: a row of contexts */
+	RECORD_HANDOFF = 13,	 /* hot: a row of handoffs */
+	RECORD_GIL = 14,	 /* hot: a row of gil */
+	RECORD_STACK = 15,	 /* wide: a part of a row of stacks */
+	RECORD_CODE = 16,	 /* wide: a part of a row of codes */
+	RECORD_HIT = 17,	 /* wide: a row of hits */
 };
 
 /* What can be lost, counted per CPU. */
@@ -55,7 +63,13 @@ enum loss_kind {
 	LOSS_TASKS = 6, /* a thread that could not be remembered, so nothing of it is recorded */
 	LOSS_CONNECTS = 7,
 	LOSS_TLS = 8,
-	LOSS_KINDS = 12,
+	LOSS_SAMPLES = 9,
+	LOSS_STACKS = 10, /* a stack or a function that could not be described: tried again at its next sight */
+	LOSS_CONTEXTS = 11, /* with the call whose context it was: no row has another one's */
+	LOSS_HANDOFFS = 12,
+	LOSS_GIL = 13,
+	LOSS_HITS = 14,
+	LOSS_KINDS = 22,
 };
 
 /* How much of a call or interval was seen. */
@@ -249,6 +263,227 @@ struct connect {
 	char remote_path[PATH_BYTES];
 };
 
+/* Why a thread's Python stack was taken. */
+enum sample_reason {
+	SAMPLE_CPU = 1,	    /* it ran when the sampling clock ticked */
+	SAMPLE_WAIT = 2,    /* it was off the CPU in a system call for longer than a threshold */
+	SAMPLE_MESSAGE = 3, /* it sent or received the first message of a turn */
+	SAMPLE_FAULT = 4,   /* it left the CPU in no system call and not runnable: it waits for a page */
+};
+
+/* How a logical context came about. */
+enum context_kind {
+	CONTEXT_COPIED = 1,   /* a copy of the context that made it: a task, a callback */
+	CONTEXT_NEW = 2,      /* made empty, or copied from one that did not run */
+	CONTEXT_MET = 3,      /* it existed when its process was met */
+	CONTEXT_GREENLET = 4, /* a greenlet's stack */
+};
+
+/* What is known of an interpreter, in `flags` of an interpreter. */
+enum interpreter_flags {
+	INTERPRETER_STACKS = 1,	   /* frames can be walked */
+	INTERPRETER_CONTEXTS = 2,  /* contexts are made in this process */
+	INTERPRETER_GREENLETS = 4, /* greenlets switch its data stacks */
+	INTERPRETER_GIL = 8,	   /* `gil` is known */
+	INTERPRETER_HEAP_FRAMES = 16, /* up to 3.10: frames are objects, linked by f_back */
+	INTERPRETER_CFRAME = 32,   /* 3.11, 3.12: the current frame is in tstate->cframe */
+};
+
+enum python_limits {
+	INTERPRETERS = 4096, /* processes with different layouts or addresses; forks share */
+	STACK_FRAMES = 128, /* the innermost ones of a deeper stack are taken */
+	STACK_PART_FRAMES = 28, /* in one wide slot */
+	CODE_NAME_BYTES = 128,
+	CODE_FILE_BYTES = 192,
+	CODE_PART_BYTES = 128, /* of the line table beside the names */
+	CODE_MORE_BYTES = 448, /* of the line table in each further slot */
+	CODE_PARTS = 8,
+	HIT_ARGUMENTS = 8,
+	HIT_TEXT_BYTES = 320,
+};
+
+/* A thread's Python stack at a moment. */
+struct sample {
+	__u32 sequence;
+	__u16 reserved0;
+	__u8 kind;
+	__u8 flags; /* sample_reason */
+	__u64 time_ns; /* of a call or interval: its start_ns */
+	__u32 tgid;
+	__u32 tid;
+	__u64 context;
+	__u64 stack;	   /* hash of the stack, as in stack_part; 0: none could be read */
+	__u64 instruction; /* user instruction pointer, at a tick of the clock; else 0 */
+	__u64 duration_ns; /* of the call or interval; at a tick: 0 */
+	__u64 in_kernel;   /* 1: the tick came while the thread was in the kernel */
+};
+
+/* From this call on the thread's calls are in another logical context. */
+struct flow {
+	__u32 sequence;
+	__u16 reserved0;
+	__u8 kind;
+	__u8 reserved1;
+	__u64 start_ns; /* of the first call in it */
+	__u32 tgid;
+	__u32 tid;
+	__u64 context; /* 0: the thread itself */
+	__u64 reserved2[4];
+};
+
+/* A logical context was made, or met. */
+struct context {
+	__u32 sequence;
+	__u16 reserved0;
+	__u8 kind;
+	__u8 flags; /* context_kind */
+	__u64 time_ns;
+	__u32 tgid;
+	__u32 tid;
+	__u64 context;
+	__u64 parent; /* the one that made it; 0: the thread itself, or not known */
+	__u64 reserved1[3];
+};
+
+/* A work item was put into a queue, or taken out. */
+struct handoff {
+	__u32 sequence;
+	__u16 reserved0;
+	__u8 kind;
+	__u8 flags; /* 1: put, 0: got */
+	__u64 time_ns;
+	__u32 tgid;
+	__u32 tid;
+	__u64 context; /* of the thread that put or got it, at that moment */
+	__u64 item;    /* address of the object */
+	__u64 queue;   /* address of the queue; of what was got: 0 */
+	__u64 reserved1[2];
+};
+
+/* One futex call that waited for the GIL. */
+struct gil {
+	__u32 sequence;
+	__u16 reserved0;
+	__u8 kind;
+	__u8 flags; /* call_status */
+	__u64 start_ns; /* as in syscalls */
+	__u64 duration_ns;
+	__u32 tgid;
+	__u32 tid;
+	__u32 holder_tid; /* who held it when the call ended; 0: not known */
+	__u32 reserved1;
+	__u64 reserved2[3];
+};
+
+/* One frame of a stack. */
+struct frame {
+	__u64 code;   /* address of the code object */
+	__u32 offset; /* of the instruction, from the code object; up to 3.10: its f_lasti */
+	__u32 reserved;
+};
+
+/* Some frames of a stack that was seen for the first time. The innermost frame is the first. */
+struct stack_part {
+	__u32 sequence;
+	__u16 frames; /* in this slot; they follow this header */
+	__u8 kind;
+	__u8 part; /* from 0 on */
+	__u64 time_ns;
+	__u64 stack; /* hash of process, frames and what is known to have changed among its code objects */
+	__u32 tgid;
+	__u16 total; /* frames of all parts */
+	__u16 truncated; /* 1: there are more frames further out */
+	__u64 reserved[4];
+};
+
+/* A code object that was seen for the first time, or the rest of its line table. */
+struct code_part {
+	__u32 sequence;
+	__u16 line_bytes; /* of the line table in this slot, behind the names */
+	__u8 kind;
+	__u8 part; /* from 0 on; 0 has the names */
+	__u64 time_ns;
+	__u64 code; /* its address */
+	__u32 tgid;
+	__u32 first_line;
+	__u32 lines_total; /* bytes of the whole line table */
+	__u16 version; /* of CPython: 0x030b is 3.11 */
+	__u16 first_instruction; /* offset of the bytecode in the code object */
+	__u32 name_length; /* of the whole name, in characters */
+	__u32 file_length;
+	__u8 name_width; /* bytes per character */
+	__u8 file_width;
+	__u16 reserved0;
+	__u32 reserved1;
+	__u64 reserved2[1];
+};
+
+/* A probe that the user chose was hit. */
+struct hit {
+	__u32 sequence;
+	__u16 probe; /* its number in the recording */
+	__u8 kind;
+	__u8 arguments;
+	__u64 time_ns;
+	__u64 duration_ns; /* of a call of a function; else 0 */
+	__u32 tgid;
+	__u32 tid;
+	__u64 context;
+	__u32 text_bytes; /* captured bytes of all texts, one after the other */
+	__u16 text_lengths[4]; /* of the first four texts: captured bytes */
+	__u32 reserved;
+	__u64 reserved1[1];
+	__u64 values[HIT_ARGUMENTS]; /* of a text: its length in all */
+	char text[HIT_TEXT_BYTES];
+};
+
+/*
+ * Where things are in a CPython process: offsets in bytes within the structs, as scope_ebpf.cpython
+ * knows them for its version. Elements of the map `interpreters`; `pythons` says which one is a
+ * process's.
+ */
+struct interpreter {
+	__u64 gil; /* address of the struct that holds the GIL */
+	__u32 gil_bytes;
+	__u32 flags; /* interpreter_flags */
+	__s32 tss; /* of the thread state, from the thread pointer (fs base) */
+	__u16 version;
+	__u16 gil_holder;
+	/* PyThreadState */
+	__u16 tstate_frame; /* current_frame; with INTERPRETER_CFRAME: cframe; with HEAP_FRAMES: frame */
+	__u16 tstate_context;
+	__u16 tstate_datastack_chunk;
+	__u16 tstate_datastack_top;
+	__u16 tstate_thread_id;
+	__u16 tstate_native_thread_id; /* 0: there is none */
+	__u16 cframe_frame; /* current_frame in a _PyCFrame */
+	__u16 thread_tid; /* offset of the kernel's tid from pthread_self, where there is no native id; 0: none */
+	/* _PyInterpreterFrame, or PyFrameObject */
+	__u16 frame_bytes; /* as much as has all of these */
+	__u16 frame_code;
+	__u16 frame_previous;
+	__u16 frame_instruction; /* prev_instr, instr_ptr; with HEAP_FRAMES: f_lasti */
+	__u16 frame_owner;
+	__u8 first_shim; /* owners from this number on are no Python frames; 0xff: none */
+	__u8 unicode_kind_shift; /* in the byte at unicode_state; the kind has 3 bits */
+	/* PyCodeObject */
+	__u16 code_name; /* co_qualname; up to 3.10: co_name */
+	__u16 code_file;
+	__u16 code_first_line;
+	__u16 code_lines; /* co_linetable, co_lnotab */
+	__u16 code_instructions; /* co_code_adaptive; up to 3.10: 0 */
+	/* objects */
+	__u16 unicode_length;
+	__u16 unicode_state; /* the byte with kind, compact and ascii, which follow each other */
+	__u16 unicode_ascii; /* bytes of a PyASCIIObject: where an ASCII string's characters begin */
+	__u16 unicode_compact; /* of a PyCompactUnicodeObject: where others' begin */
+	__u16 bytes_size;
+	__u16 bytes_data;
+	__u16 context_entered; /* in a PyContext */
+	__u16 chunk_previous; /* in a _PyStackChunk */
+	__u16 reserved[5];
+};
+
 /* A task that was marked by on_mark_tasks, as that iterator writes it. */
 struct marked_task {
 	__u32 tgid;
@@ -291,7 +526,12 @@ struct cpu_state {
 	__u32 tgid; /* of `task`, if it is recorded */
 	__u32 tid;
 	__u64 recorded; /* whether `task` has a record */
-	__u64 reserved0[5];
+	__u32 interpreter; /* of `task`: its element in `interpreters`, 0: it is no Python */
+	__u32 reserved00;
+	__u64 context;	   /* of `task`: the logical context that the last flow record told */
+	__u64 waited_ns;   /* of `task`: how long it was off the CPU in the call in flight */
+	__u64 contexts_made; /* on this CPU: ids are made of it */
+	__u64 reserved0[1];
 	/* producers */
 	__u64 hot_head; /* slots ever reserved */
 	__u64 wide_head;

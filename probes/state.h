@@ -42,6 +42,16 @@ const volatile struct record_layouts {
 	struct connection connection;
 	struct connect connect;
 	struct marked_task marked_task;
+	struct sample sample;
+	struct flow flow;
+	struct context context;
+	struct handoff handoff;
+	struct gil gil;
+	struct frame frame;
+	struct stack_part stack_part;
+	struct code_part code_part;
+	struct hit hit;
+	struct interpreter interpreter;
 } record_layouts = {};
 
 enum {

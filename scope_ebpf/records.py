@@ -38,6 +38,14 @@ class RecordKind(IntEnum):
     RECORD_PAYLOAD = 7
     RECORD_CONNECT = 8
     RECORD_TLS = 9
+    RECORD_SAMPLE = 10
+    RECORD_FLOW = 11
+    RECORD_CONTEXT = 12
+    RECORD_HANDOFF = 13
+    RECORD_GIL = 14
+    RECORD_STACK = 15
+    RECORD_CODE = 16
+    RECORD_HIT = 17
 
 
 class LossKind(IntEnum):
@@ -52,7 +60,13 @@ class LossKind(IntEnum):
     LOSS_TASKS = 6
     LOSS_CONNECTS = 7
     LOSS_TLS = 8
-    LOSS_KINDS = 12
+    LOSS_SAMPLES = 9
+    LOSS_STACKS = 10
+    LOSS_CONTEXTS = 11
+    LOSS_HANDOFFS = 12
+    LOSS_GIL = 13
+    LOSS_HITS = 14
+    LOSS_KINDS = 22
 
 
 class CallStatus(IntEnum):
@@ -113,6 +127,50 @@ class TargetKind(IntEnum):
 
     TARGET_NOW = 1
     TARGET_AFTER_EXEC = 2
+
+
+class SampleReason(IntEnum):
+    """enum sample_reason of events.h."""
+
+    SAMPLE_CPU = 1
+    SAMPLE_WAIT = 2
+    SAMPLE_MESSAGE = 3
+    SAMPLE_FAULT = 4
+
+
+class ContextKind(IntEnum):
+    """enum context_kind of events.h."""
+
+    CONTEXT_COPIED = 1
+    CONTEXT_NEW = 2
+    CONTEXT_MET = 3
+    CONTEXT_GREENLET = 4
+
+
+class InterpreterFlags(IntFlag):
+    """enum interpreter_flags of events.h."""
+
+    INTERPRETER_STACKS = 1
+    INTERPRETER_CONTEXTS = 2
+    INTERPRETER_GREENLETS = 4
+    INTERPRETER_GIL = 8
+    INTERPRETER_HEAP_FRAMES = 16
+    INTERPRETER_CFRAME = 32
+
+
+class PythonLimits(IntEnum):
+    """enum python_limits of events.h."""
+
+    INTERPRETERS = 4096
+    STACK_FRAMES = 128
+    STACK_PART_FRAMES = 28
+    CODE_NAME_BYTES = 128
+    CODE_FILE_BYTES = 192
+    CODE_PART_BYTES = 128
+    CODE_MORE_BYTES = 448
+    CODE_PARTS = 8
+    HIT_ARGUMENTS = 8
+    HIT_TEXT_BYTES = 320
 
 
 FLIGHT: np.dtype[Any] = np.dtype(
@@ -278,6 +336,180 @@ MARKED_TASK: np.dtype[Any] = np.dtype(
         ("comm", "|V16"),
     ]
 )
+SAMPLE: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("reserved0", "<u2"),
+        ("kind", "|u1"),
+        ("flags", "|u1"),
+        ("time_ns", "<u8"),
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("context", "<u8"),
+        ("stack", "<u8"),
+        ("instruction", "<u8"),
+        ("duration_ns", "<u8"),
+        ("in_kernel", "<u8"),
+    ]
+)
+FLOW: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("reserved0", "<u2"),
+        ("kind", "|u1"),
+        ("reserved1", "|u1"),
+        ("start_ns", "<u8"),
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("context", "<u8"),
+        ("reserved2", ("<u8", (4,))),
+    ]
+)
+CONTEXT: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("reserved0", "<u2"),
+        ("kind", "|u1"),
+        ("flags", "|u1"),
+        ("time_ns", "<u8"),
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("context", "<u8"),
+        ("parent", "<u8"),
+        ("reserved1", ("<u8", (3,))),
+    ]
+)
+HANDOFF: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("reserved0", "<u2"),
+        ("kind", "|u1"),
+        ("flags", "|u1"),
+        ("time_ns", "<u8"),
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("context", "<u8"),
+        ("item", "<u8"),
+        ("queue", "<u8"),
+        ("reserved1", ("<u8", (2,))),
+    ]
+)
+GIL: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("reserved0", "<u2"),
+        ("kind", "|u1"),
+        ("flags", "|u1"),
+        ("start_ns", "<u8"),
+        ("duration_ns", "<u8"),
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("holder_tid", "<u4"),
+        ("reserved1", "<u4"),
+        ("reserved2", ("<u8", (3,))),
+    ]
+)
+FRAME: np.dtype[Any] = np.dtype(
+    [
+        ("code", "<u8"),
+        ("offset", "<u4"),
+        ("reserved", "<u4"),
+    ]
+)
+STACK_PART: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("frames", "<u2"),
+        ("kind", "|u1"),
+        ("part", "|u1"),
+        ("time_ns", "<u8"),
+        ("stack", "<u8"),
+        ("tgid", "<u4"),
+        ("total", "<u2"),
+        ("truncated", "<u2"),
+        ("reserved", ("<u8", (4,))),
+    ]
+)
+CODE_PART: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("line_bytes", "<u2"),
+        ("kind", "|u1"),
+        ("part", "|u1"),
+        ("time_ns", "<u8"),
+        ("code", "<u8"),
+        ("tgid", "<u4"),
+        ("first_line", "<u4"),
+        ("lines_total", "<u4"),
+        ("version", "<u2"),
+        ("first_instruction", "<u2"),
+        ("name_length", "<u4"),
+        ("file_length", "<u4"),
+        ("name_width", "|u1"),
+        ("file_width", "|u1"),
+        ("reserved0", "<u2"),
+        ("reserved1", "<u4"),
+        ("reserved2", ("<u8", (1,))),
+    ]
+)
+HIT: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("probe", "<u2"),
+        ("kind", "|u1"),
+        ("arguments", "|u1"),
+        ("time_ns", "<u8"),
+        ("duration_ns", "<u8"),
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("context", "<u8"),
+        ("text_bytes", "<u4"),
+        ("text_lengths", ("<u2", (4,))),
+        ("reserved", "<u4"),
+        ("reserved1", ("<u8", (1,))),
+        ("values", ("<u8", (8,))),
+        ("text", "|V320"),
+    ]
+)
+INTERPRETER: np.dtype[Any] = np.dtype(
+    [
+        ("gil", "<u8"),
+        ("gil_bytes", "<u4"),
+        ("flags", "<u4"),
+        ("tss", "<i4"),
+        ("version", "<u2"),
+        ("gil_holder", "<u2"),
+        ("tstate_frame", "<u2"),
+        ("tstate_context", "<u2"),
+        ("tstate_datastack_chunk", "<u2"),
+        ("tstate_datastack_top", "<u2"),
+        ("tstate_thread_id", "<u2"),
+        ("tstate_native_thread_id", "<u2"),
+        ("cframe_frame", "<u2"),
+        ("thread_tid", "<u2"),
+        ("frame_bytes", "<u2"),
+        ("frame_code", "<u2"),
+        ("frame_previous", "<u2"),
+        ("frame_instruction", "<u2"),
+        ("frame_owner", "<u2"),
+        ("first_shim", "|u1"),
+        ("unicode_kind_shift", "|u1"),
+        ("code_name", "<u2"),
+        ("code_file", "<u2"),
+        ("code_first_line", "<u2"),
+        ("code_lines", "<u2"),
+        ("code_instructions", "<u2"),
+        ("unicode_length", "<u2"),
+        ("unicode_state", "<u2"),
+        ("unicode_ascii", "<u2"),
+        ("unicode_compact", "<u2"),
+        ("bytes_size", "<u2"),
+        ("bytes_data", "<u2"),
+        ("context_entered", "<u2"),
+        ("chunk_previous", "<u2"),
+        ("reserved", ("<u2", (5,))),
+    ]
+)
 CPU_STATE: np.dtype[Any] = np.dtype(
     [
         ("running", "<u8"),
@@ -288,10 +520,15 @@ CPU_STATE: np.dtype[Any] = np.dtype(
         ("tgid", "<u4"),
         ("tid", "<u4"),
         ("recorded", "<u8"),
-        ("reserved0", ("<u8", (5,))),
+        ("interpreter", "<u4"),
+        ("reserved00", "<u4"),
+        ("context", "<u8"),
+        ("waited_ns", "<u8"),
+        ("contexts_made", "<u8"),
+        ("reserved0", ("<u8", (1,))),
         ("hot_head", "<u8"),
         ("wide_head", "<u8"),
-        ("lost", ("<u8", (12,))),
+        ("lost", ("<u8", (22,))),
         ("reserved1", ("<u8", (2,))),
         ("hot_tail", "<u8"),
         ("wide_tail", "<u8"),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 FLOW = {"tgid": pl.UInt32, "tid": pl.UInt32}
 
@@ -142,6 +142,110 @@ SCHEMAS: dict[str, pl.Schema] = {
             "waker_number": pl.UInt16,  # the call that the waker was in; null: none, or not traced
             "status": pl.UInt8,
             "cpu": pl.UInt16,  # where it came back
+        }
+    ),
+    # One row per CPython process that was met and looked into; a fork is like its parent.
+    "interpreters": pl.Schema(
+        {
+            "time_ns": pl.Int64,
+            "tgid": pl.UInt32,
+            "version": pl.String,  # such as 3.11.2
+            "path": pl.String,  # of the file with the interpreter, as the process sees it
+            "stacks": pl.Boolean,  # whether its stacks can be read,
+            "contexts": pl.Boolean,  # its logical contexts,
+            "greenlets": pl.Boolean,  # whether its greenlets are told apart,
+            "gil": pl.Boolean,  # and whether waits for its GIL are
+            "reason": pl.String,  # why something of that is missing; null: nothing is
+        }
+    ),
+    # One row per stack that was taken.
+    "samples": pl.Schema(
+        {
+            "time_ns": pl.Int64,  # of a call or interval: its start_ns
+            **FLOW,
+            "context": pl.UInt64,
+            "reason": pl.UInt8,  # records.SampleReason
+            "duration_ns": pl.Int64,  # of the call or interval; at a tick of the clock 0
+            "stack": pl.UInt64,  # in stacks; null: it could not be read, or it is no Python thread
+            "native": pl.String,  # at a tick: the native function that ran; null: not known
+            "cpu": pl.UInt16,
+        }
+    ),
+    # One row per different stack of a process; the same one may come more than once.
+    "stacks": pl.Schema(
+        {
+            "time_ns": pl.Int64,  # when it was first seen
+            "tgid": pl.UInt32,
+            "stack": pl.UInt64,
+            "codes": pl.List(pl.UInt64),  # code in codes; the innermost frame is the first
+            "offsets": pl.List(pl.UInt32),  # of each frame's instruction, see cpython.lines
+            "truncated": pl.Boolean,  # there are more frames further out
+        }
+    ),
+    # One row per code object; a later one may have the same address: the latest before a stack counts.
+    "codes": pl.Schema(
+        {
+            "time_ns": pl.Int64,
+            "tgid": pl.UInt32,
+            "code": pl.UInt64,  # its address
+            "name": pl.String,  # co_qualname; up to 3.10 co_name; null: could not be read
+            "file": pl.String,  # null: could not be read
+            "first_line": pl.UInt32,
+            "lines": pl.Binary,  # co_linetable, or co_lnotab up to 3.9; cut where it is very long
+            "version": pl.UInt16,  # of CPython: 0x030b is 3.11
+            "first_instruction": pl.UInt16,  # offset of the bytecode in the code object
+        }
+    ),
+    # One row per logical context that was made, or met.
+    "contexts": pl.Schema(
+        {
+            "time_ns": pl.Int64,
+            **FLOW,  # who made it
+            "context": pl.UInt64,  # unique within the recording, never 0
+            "parent": pl.UInt64,  # the one that made it; 0: the thread itself, or not known
+            "kind": pl.UInt8,  # records.ContextKind
+        }
+    ),
+    # One row per change of a thread's logical context, as far as its calls show it.
+    "flows": pl.Schema(
+        {
+            "start_ns": pl.Int64,  # of the first call in it
+            **FLOW,
+            "context": pl.UInt64,  # 0: the thread itself
+        }
+    ),
+    # One row per work item that was put into or taken out of a queue between threads.
+    "handoffs": pl.Schema(
+        {
+            "time_ns": pl.Int64,
+            **FLOW,
+            "context": pl.UInt64,  # of the thread at that moment
+            "put": pl.Boolean,  # else: got
+            "item": pl.UInt64,  # address of the object
+            "queue": pl.UInt64,  # address of the queue, of what was put
+        }
+    ),
+    # One row per system call that waited for the GIL; it is in syscalls, too.
+    "gil": pl.Schema(
+        {
+            "start_ns": pl.Int64,
+            "duration_ns": pl.Int64,
+            **FLOW,
+            "holder_tid": pl.UInt32,  # who held it when the wait ended; null: not known
+            "status": pl.UInt8,
+            "cpu": pl.UInt16,
+        }
+    ),
+    # One row per hit of a probe that the user chose; meta.json says what the probes are.
+    "hits": pl.Schema(
+        {
+            "time_ns": pl.Int64,
+            "duration_ns": pl.Int64,  # of a call that was seen from its begin to its end; else null
+            **FLOW,
+            "context": pl.UInt64,
+            "probe": pl.String,  # its name
+            "arguments": pl.List(pl.String),  # as text, each as its type asks
+            "cpu": pl.UInt16,
         }
     ),
     # One row per CPU, table and second in which events were lost. No row: nothing was.

@@ -101,7 +101,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"start_ns": at(2), "duration_ns": 50, "runnable_ns": 50, "tgid": 200, "state": 0},
         {"start_ns": at(3), "duration_ns": 10, "tgid": 999, "state": 0x402, "number": 0},
     ],
-    "losses": [],
+    "interpreters": [], "samples": [], "stacks": [], "codes": [], "contexts": [], "flows": [],
+    "handoffs": [], "gil": [], "hits": [], "losses": [],
 }  # fmt: skip
 NULLABLE = {
     "command_line", "cgroup", "exit_code", "signal", "syscall_start_ns", "waker_tgid", "waker_tid",

@@ -1,0 +1,1 @@
+"""Live CPython processes, looked at from outside: interpreters, threads, frames, tasks."""
