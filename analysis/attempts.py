@@ -30,8 +30,8 @@ FULL: Final = "EAGAIN: the queue of connections that wait there is full"
 def read_connects(recording: Recording) -> pl.DataFrame:
     """Attempts to connect, sorted by `start_ns`; several calls for the same attempt are one row.
 
-    - `start_ns`, `tgid`, `tid`, `fd`, `inode`, `kind`, `remote` (address or path), `remote_port`:
-      of its first call
+    - `start_ns`, `tgid`, `tid`, `context`, `fd`, `inode`, `kind`, `remote` (address or path),
+      `remote_port`: of its first call
     - `until_ns`: end of its last call, or of the attempt if it was given up
     - `error`: of its last call, null if it succeeded or is under way; `came_to_nothing`: not an
       errno but why no connection came of an attempt that did not block
@@ -42,6 +42,7 @@ def read_connects(recording: Recording) -> pl.DataFrame:
             (pl.col("start_ns") + pl.col("duration_ns").clip(lower_bound=0)).alias("until_ns"),
             "tgid",
             "tid",
+            "context",
             pl.col("fd").cast(pl.Int64),
             "inode",
             "kind",
@@ -60,7 +61,7 @@ def read_connects(recording: Recording) -> pl.DataFrame:
         )
         .group_by([*same, "attempt"], maintain_order=True)
         .agg(
-            pl.col("start_ns", "tid", "kind").first(),
+            pl.col("start_ns", "tid", "context", "kind").first(),
             pl.col("remote", "remote_port").drop_nulls().first(),
             pl.col("until_ns", "error", "pending").last(),
         )

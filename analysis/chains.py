@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scope_ebpf.analysis import faults, jobs
 from scope_ebpf.analysis.asof import NONE
 from scope_ebpf.analysis.attempts import read_connects
+from scope_ebpf.analysis.contexts import Lineage, own_requests, read_lineage
 from scope_ebpf.analysis.conversations import recognise
 from scope_ebpf.analysis.drafts import draft_spans, resolve_statements
 from scope_ebpf.analysis.exchanges import find_exchanges, find_turns
@@ -49,7 +50,9 @@ def build_chains(recording: Recording) -> Chains:
     processes = recording.collect(recording.processes)
     ended_ns = _end(recording)
     services = service_names(processes)
-    drafts, heads = _exchanges(recording, connections, services, ended_ns)
+    loops = read_loops(recording)
+    lineage = read_lineage(recording)
+    drafts, heads = _exchanges(recording, connections, services, ended_ns, loops, lineage)
     connects = read_connects(recording)
     drafts = faults.begin_with_connects(drafts, connects, connections)
     drafts = pl.concat([drafts, faults.refused_connects(drafts, connects, services)])
@@ -57,9 +60,8 @@ def build_chains(recording: Recording) -> Chains:
     matched = match_ends(drafts)
     drafts = _as_the_other_end_says(_end_before_peer(drafts, matched), matched)
     links = [link(matched, "calls", "exact", "same bytes on the connection")]
-    loops = read_loops(recording)
     drafts, nested = jobs.work_on(
-        drafts, heads, loops, processes, lambda: read_pipes(recording), ended_ns
+        drafts, heads, loops, lineage, processes, lambda: read_pipes(recording), ended_ns
     )
     links += nested
     servers = known_servers(drafts, connections)
@@ -83,7 +85,12 @@ def _end(recording: Recording) -> int:
 
 
 def _exchanges(
-    recording: Recording, connections: pl.DataFrame, services: pl.DataFrame, ended_ns: int
+    recording: Recording,
+    connections: pl.DataFrame,
+    services: pl.DataFrame,
+    ended_ns: int,
+    loops: pl.DataFrame | None,
+    lineage: Lineage | None,
 ) -> tuple[pl.DataFrame, Heads]:
     """The exchanges of a recording as drafts of spans, and the heads that they refer to."""
     wire = read_wire(recording, connections)
@@ -94,7 +101,7 @@ def _exchanges(
     turns = find_turns(wire, spoken, heads, rows)
     exchanges, request_row, response_row = find_exchanges(wire, spoken, turns)
     drafts = draft_spans(
-        exchanges,
+        own_requests(exchanges, lineage, loops),
         turns.requests.select(pl.all().gather(request_row)),
         turns.responses.select(pl.all().gather(response_row)),
         connections,

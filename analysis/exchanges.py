@@ -108,7 +108,7 @@ def find_exchanges(
 
     - `connection`, `fd`, `protocol` (number, -1: unknown), `client` (this end asked)
     - `tgid`, `tid`, `context`: who sent or received the request's first bytes; `response_tid`: who
-      moved the response's last ones
+      moved the response's last ones; `response_context`: in which context its first ones moved
     - `start_ns`: the request was sent, or had been received; `end_ns`: the response's last bytes
       had been received or sent, null without a response
     - `asked_ns`: when the last bytes of the request moved
@@ -169,6 +169,7 @@ def find_exchanges(
             "tid": wire.tid[first_row],
             "context": wire.context[first_row],
             "response_tid": np.where(last_answer >= 0, tid[np.maximum(last_answer, 0)], 0),
+            "response_context": np.zeros(len(starts), np.uint64),
             "start_ns": wire.moved_ns[first_row],
             "end_ns": end_ns,
             "asked_ns": asked_ns,
@@ -189,6 +190,10 @@ def find_exchanges(
     found = response_turn >= 0
     requests = np.where(turns.asks[starts], turns.parsed[starts], len(turns.requests) - 1)
     responses = np.where(found, turns.parsed[response_turn], len(turns.responses) - 1)
+    if wire.context.any():
+        first_answer = turns.first[np.maximum(response_turn, 0)]
+        response_context = np.where(found, wire.context[first_answer], np.uint64(0))
+        frame = frame.with_columns(response_context=pl.Series(response_context))
     frame = frame.with_columns(
         request_head=np.where(turns.asks[starts], turns.head[request_turn], NO_ROW),
         response_head=np.where(found, turns.head[response_turn], NO_ROW),
@@ -221,6 +226,7 @@ def _no_exchanges() -> pl.DataFrame:
             "tid": pl.UInt32,
             "context": pl.UInt64,
             "response_tid": pl.UInt32,
+            "response_context": pl.UInt64,
             "start_ns": pl.Int64,
             "end_ns": pl.Int64,
             "asked_ns": pl.Int64,

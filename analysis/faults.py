@@ -104,6 +104,7 @@ def refused_connects(
         rows.select(
             "tgid",
             "tid",
+            "context",
             "fd",
             "service",
             "protocol",
@@ -130,6 +131,8 @@ def fill(columns: pl.DataFrame, *, first_row: int) -> pl.DataFrame:
     """Drafts from some of their columns; the others are null, zero or false."""
     defaults = {
         "context": 0,
+        "received_in": 0,
+        "made_for": False,
         "response_tid": 0,
         "miss": False,
         "request_bytes": 0,

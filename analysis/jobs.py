@@ -10,6 +10,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from scope_ebpf.analysis.asof import NONE, count_before, first_after, group_numbers, latest_before
+from scope_ebpf.analysis.contexts import Lineage, Points, trace
 from scope_ebpf.analysis.drafts import DRAFT
 from scope_ebpf.analysis.handovers import hand_over
 from scope_ebpf.analysis.links import link
@@ -40,6 +41,7 @@ def work_on(
     drafts: pl.DataFrame,
     heads: Heads,
     loops: pl.DataFrame | None,
+    lineage: Lineage | None,
     processes: pl.DataFrame,
     pipes: Callable[[], pl.DataFrame],
     ended_ns: int,
@@ -54,7 +56,7 @@ def work_on(
     servers = drafts.filter((pl.col("kind") == "server") & (pl.col("state") != "began_before"))
     clients = drafts.filter(pl.col("kind") == "client")
     lines = _lines(drafts)
-    first = nest(_flows(servers, lines), _flows(clients, lines), loops, _repliers(servers))
+    first = nest(_flows(servers, lines), _flows(clients, lines), loops, _repliers(servers), lineage)
     taken = _taken(drafts, clients.filter(pl.Series(first.parent == NONE)))
     consumers, linked, jobs = _consumers(drafts, taken, heads, ended_ns)
     # what brought a job is no part of the work on it
@@ -80,11 +82,13 @@ def work_on(
         drafts, consumers = pl.concat([drafts, passed]), pl.concat([consumers, passed])
         linked = pl.concat([linked, passed_on])
     handlers = pl.concat([servers, consumers])
-    nested = nest(_flows(handlers, lines), _flows(clients, lines), loops, _repliers(handlers))
+    nested = nest(
+        _flows(handlers, lines), _flows(clients, lines), loops, _repliers(handlers), lineage
+    )
     links = [
         _nested_links(handlers, clients, nested),
         linked,
-        _forked_links(handlers, clients, nested, processes),
+        _forked_links(handlers, clients, nested, processes, loops, lineage),
     ]
     links.append(_cache_fills(clients, links[0]))
     return _within(drafts, links[0]), links
@@ -164,6 +168,8 @@ def _flows(drafts: pl.DataFrame, lines: NDArray[Any]) -> Flows:
         start_ns=drafts["sent_ns"].to_numpy(),
         end_ns=drafts["until_ns"].to_numpy(),
         line=line,
+        received_in=drafts["received_in"].fill_null(0).to_numpy(),
+        made_for=drafts["made_for"].fill_null(value=False).to_numpy(),
     )
 
 
@@ -179,9 +185,11 @@ def _nested_links(handlers: pl.DataFrame, clients: pl.DataFrame, nested: Nested)
             "effect": clients["row"].to_numpy()[found],
             "evidence": EVIDENCE.categories.gather(nested.evidence[found]),
             "reason": pl.Series(REASONS).gather(nested.reason[found]),
+            "late": nested.late[found],
         }
     )
-    return link(pairs, "calls", pl.col("evidence"), pl.col("reason"))
+    edge = pl.when("late").then(pl.lit("triggered_by")).otherwise(pl.lit("calls"))
+    return link(pairs, edge, pl.col("evidence"), pl.col("reason"))
 
 
 def _taken(drafts: pl.DataFrame, free: pl.DataFrame) -> pl.DataFrame:
@@ -285,6 +293,8 @@ def _consumers(
         .otherwise(pl.lit("complete")),
         queue_action=pl.lit(None, dtype=pl.String),
         response_tid=pl.lit(0, dtype=pl.UInt32),
+        received_in=pl.lit(0, dtype=pl.UInt64),
+        made_for=pl.lit(value=False),
         request_bytes="response_bytes",
         response_bytes=pl.lit(0, dtype=pl.Int64),
         exact=pl.lit(value=False),
@@ -356,7 +366,12 @@ def _cut(heads: Heads, rows: pl.Series) -> pl.Series:
 
 
 def _forked_links(
-    handlers: pl.DataFrame, clients: pl.DataFrame, nested: Nested, processes: pl.DataFrame
+    handlers: pl.DataFrame,
+    clients: pl.DataFrame,
+    nested: Nested,
+    processes: pl.DataFrame,
+    loops: pl.DataFrame | None,
+    lineage: Lineage | None,
 ) -> pl.DataFrame:
     """What processes did that a request or job forked, and that ended before it did."""
     forks = processes.filter(pl.col("event") == "fork").sort("time_ns")
@@ -371,12 +386,21 @@ def _forked_links(
     )
     times = forks["time_ns"].to_numpy()
     latest = latest_before(flow, handlers["start_ns"].to_numpy(), of_flow, times)
+    if len(handlers):
+        alone = nested.sequential & (handlers["context"] == 0).to_numpy()
+        latest = np.where(alone[np.maximum(latest, 0)], latest, NONE)
+    if lineage is not None and lineage.threads is not None:
+        # who forked in a context is told by that, and not by what its thread handled last
+        tgid, tid = forks["parent_tgid"].to_numpy(), forks["parent_tid"].to_numpy()
+        points = Points(tgid, tid, lineage.threads.at(tgid, tid, times), times)
+        traced = trace(points, nested.handlers, lineage, loops)
+        latest = np.where((points.context != 0) | (latest == NONE), traced.request, latest)
     at = np.maximum(latest, 0)
     made = latest != NONE
     if len(handlers):
         ends = handlers["until_ns"].to_numpy()[at]
         gone = forks["exit_ns"].fill_null(np.iinfo(np.int64).max).to_numpy()
-        made &= (times < ends) & (gone <= ends) & nested.sequential[at]
+        made &= (times < ends) & (gone <= ends)
     rows = handlers["row"].to_numpy()
     owner: dict[int, tuple[int, int, int]] = {}
     for index, (tgid, parent, begin, end) in enumerate(

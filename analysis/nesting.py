@@ -3,13 +3,14 @@
 A flow (process, thread, logical context) works on one request at a time if, from the request's arrival
 to the end of its response, it received no other request and did not wait for several things at once
 (epoll): then what it does in between is the request's. That is what a sync worker or a thread of a pool
-does. In an event loop only a proxied request is recognised, by its request line; else, while
-exactly one request is open, belonging to it is a guess.
+does. In an event loop logical contexts tell whose a call is (contexts.py). Where they are not known,
+only a proxied request is recognised, by its request line; else, while exactly one request is open,
+belonging to it is a guess.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +18,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from scope_ebpf.analysis.asof import NONE, count_before, group_numbers, latest_before
+from scope_ebpf.analysis.contexts import Lineage, Owners, Points, trace, waited_for_several
 from scope_ebpf.recording.readable import syscall_numbers
 from scope_ebpf.recording.reader import Recording
 
@@ -48,7 +50,8 @@ class Flows:
     `begun_ns`: of a call, when it was decided on: if it made a connection first, at the connect().
     Of a request, when all of it was there: a proxy waits for the body before it passes it on.
     `line` is a number of what was asked (`GET /a?b=1`), equal where that is; 0 where it is not known
-    or of no protocol that proxies pass on.
+    or of no protocol that proxies pass on. `received_in`, `made_for`: of requests, as
+    contexts.own_requests gives them; or empty.
     """
 
     tgid: NDArray[np.uint32]
@@ -58,6 +61,8 @@ class Flows:
     start_ns: Times
     end_ns: Times
     line: NDArray[Any]
+    received_in: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    made_for: Mask = field(default_factory=lambda: np.zeros(0, np.bool_))
 
     def __len__(self) -> int:
         """How many there are."""
@@ -73,13 +78,20 @@ class Nested:
     reason: NDArray[np.int8]
     sequential: Mask
     """For each request: its flow worked on nothing else."""
+    late: Mask
+    """For each call: it came after the request's end, from what the request had left behind."""
+    handlers: Owners
+    """The flows that worked on the requests."""
 
 
 REASONS: Final = (
-    "same logical context",
+    "same task",
     "one request at a time in its thread",
     "same request line, no other such request open",
     "the only open request of its thread",
+    "same greenlet",
+    "child task",
+    "work item of a thread pool",
 )
 
 
@@ -141,30 +153,37 @@ def _of_several(recording: Recording, waits: pl.DataFrame) -> pl.DataFrame:
     return waits.filter(pl.Series(~known | (members > 1)))
 
 
-def works_alone(requests: Flows, loops: pl.DataFrame | None, flow: Rows | None = None) -> Mask:
+def works_alone(requests: Flows, loops: pl.DataFrame | None) -> Mask:
     """Which requests' flows worked on nothing else while they were open, and can be shown to have."""
-    if flow is None:
-        flow, _ = group_numbers(
-            (requests.tgid, requests.tgid[:0]),
-            (requests.tid, requests.tid[:0]),
-            (requests.context, requests.context[:0]),
-        )
-    alone: Mask = ~_overlapping(flow, requests.start_ns, requests.end_ns)
+    return _working_alone(requests, _owners(requests), loops)
+
+
+def _working_alone(requests: Flows, owners: Owners, loops: pl.DataFrame | None) -> Mask:
+    alone: Mask = owners.apart[: len(requests)].copy()
     alone &= (requests.context != 0) | ~_looping(requests, loops)
     return alone
 
 
-def nest(requests: Flows, calls: Flows, loops: pl.DataFrame | None, replied_by: Rows) -> Nested:
+def nest(
+    requests: Flows,
+    calls: Flows,
+    loops: pl.DataFrame | None,
+    replied_by: Rows,
+    lineage: Lineage | None = None,
+) -> Nested:
     """Find the request that each call belongs to.
 
     `loops`: as `read_loops` gives it. `replied_by`: for each request the thread that sent the
-    response, or 0. The order of rows does not matter.
+    response, or 0. `lineage`: None if nothing is known of contexts and work items. The order of rows
+    does not matter.
     """
+    owners = _owners(requests)
     flow, of_flow = group_numbers(
         (requests.tgid, calls.tgid), (requests.tid, calls.tid), (requests.context, calls.context)
     )
-    sequential = works_alone(requests, loops, flow)
-    sequential &= (replied_by == 0) | (replied_by == requests.tid)
+    sequential = _working_alone(requests, owners, loops)
+    by_itself = (replied_by == 0) | (replied_by == requests.tid)
+    sequential &= by_itself | (requests.context != 0)
     latest = latest_before(flow, requests.start_ns, of_flow, calls.start_ns)
     at = np.maximum(latest, 0)
     inside = latest != NONE
@@ -177,12 +196,55 @@ def nest(requests: Flows, calls: Flows, loops: pl.DataFrame | None, replied_by: 
     by_context = proven & (calls.context != 0)
     evidence = np.where(by_context, EXACT, DERIVED).astype(np.int8)
     reason = np.where(by_context, 0, 1).astype(np.int8)
-    open_ones = np.flatnonzero(~sequential)
-    loose = np.flatnonzero(~proven & (calls.context == 0))
+    late = np.zeros(len(calls), np.bool_)
+    if lineage is not None:
+        _traced(calls, owners, lineage, loops, parent, evidence, reason, late)
+    open_ones = np.flatnonzero(~sequential | (requests.context != 0))
+    loose = np.flatnonzero((parent == NONE) & (calls.context == 0))
     if len(open_ones) and len(loose):
         _proxied(requests, calls, open_ones, loose, parent, reason)
         _only_open(requests, calls, open_ones, loose, parent, evidence, reason)
-    return Nested(parent, evidence, reason, sequential)
+    return Nested(parent, evidence, reason, sequential, late, owners)
+
+
+def _owners(requests: Flows) -> Owners:
+    """The flows that worked on the requests: one for each, and behind them the readers' contexts."""
+    read = np.flatnonzero(requests.received_in)
+    rows = np.r_[np.arange(len(requests)), read]
+    context = np.r_[requests.context, requests.received_in[read]]
+    tgid, tid = requests.tgid[rows], requests.tid[rows]
+    start_ns, end_ns = requests.start_ns[rows], requests.end_ns[rows]
+    made_for = np.zeros(len(rows), np.bool_)
+    made_for[: len(requests.made_for)] = requests.made_for
+    # a context may move between threads
+    flow, _ = group_numbers(
+        (tgid, tgid[:0]), (np.where(context == 0, tid, 0), tid[:0]), (context, context[:0])
+    )
+    apart = ~_overlapping(flow, start_ns, end_ns)
+    return Owners(tgid, tid, context, start_ns, end_ns, rows, made_for, apart)
+
+
+def _traced(
+    calls: Flows,
+    owners: Owners,
+    lineage: Lineage,
+    loops: pl.DataFrame | None,
+    parent: Rows,
+    evidence: NDArray[np.int8],
+    reason: NDArray[np.int8],
+    late: Mask,
+) -> None:
+    """Give the calls of contexts, and of threads that work for others, their requests."""
+    asking = np.flatnonzero((parent == NONE) | (calls.context != 0))
+    points = Points(
+        calls.tgid[asking], calls.tid[asking], calls.context[asking], calls.start_ns[asking]
+    )
+    found = trace(points, owners, lineage, loops)
+    parent[asking] = found.request
+    late[asking] = found.late
+    evidence[asking] = np.where(found.by_thread, DERIVED, EXACT)
+    own = np.where(lineage.is_greenlet(points.context), 4, 0)
+    reason[asking] = np.where(found.by_item, 6, np.where(found.steps == 0, own, 5))
 
 
 def _overlapping(flow: Rows, start_ns: Times, end_ns: Times) -> Mask:
@@ -209,17 +271,10 @@ def _overlapping(flow: Rows, start_ns: Times, end_ns: Times) -> Mask:
 
 def _looping(requests: Flows, loops: pl.DataFrame | None) -> Mask:
     """Which requests' threads waited for several things while they were open."""
-    if loops is None:
-        # not recorded, so nothing is proven
-        return np.ones(len(requests), np.bool_)
-    thread, of_thread = group_numbers(
-        (loops["tgid"].to_numpy(), requests.tgid), (loops["tid"].to_numpy(), requests.tid)
+    # not recorded: nothing is proven
+    return waited_for_several(
+        loops, requests.tgid, requests.tid, requests.start_ns, requests.end_ns
     )
-    times = loops["start_ns"].to_numpy()
-    before = count_before(thread, times, of_thread, requests.start_ns)
-    until = count_before(thread, times, of_thread, requests.end_ns)
-    looping: Mask = until > before
-    return looping
 
 
 def _proxied(

@@ -36,6 +36,7 @@ def tie_to_connections(tls: pl.DataFrame | pl.LazyFrame, messages: pl.DataFrame)
 
         - `start_ns`, `duration_ns`, `tgid`, `tid`, `context`, `direction`, `turn`, `length_bytes`,
           `payload`, `cpu`: of the plain text; `name`: `SSL_read` or `SSL_write`; `number`: null
+          What was sent has the `context` of the message that carried it: a change shows there first
         - `connection`, its ends, and `stream`; null if it is not known
         - `stream_end`, `fd`, `exact`: of the ciphertext message that carried the last byte, as far as
           can be told; null if there is none
@@ -47,8 +48,10 @@ def tie_to_connections(tls: pl.DataFrame | pl.LazyFrame, messages: pl.DataFrame)
     settled = _settle(_vote(rows, moved), moved)
     ends = moved.unique("connection", keep="last", maintain_order=True).select("connection", *ENDS)
     carried = _carriers(settled, moved)
+    sent = pl.col("direction").cast(pl.String) == "send"
     return (
         settled.join(carried, on="row", how="left", maintain_order="left")
+        .with_columns(pl.when(sent).then(pl.coalesce("carried_in", "context")).otherwise("context"))
         .join(ends, on="connection", how="left", maintain_order="left")
         .with_columns(
             _streams_of(moved, settled),
@@ -84,7 +87,10 @@ def _messages_of(rows: pl.DataFrame, messages: pl.DataFrame) -> pl.DataFrame:
             pl.col("kind").is_in(["tcp", "unix"]) & ~pl.col("peek") & (pl.col("length_bytes") > 0)
         )
         .join(rows.select(FLOW).unique(), on=FLOW, how="semi")
-        .select("start_ns", *FLOW, "direction", "length_bytes", "connection", *CARRIED, *ENDS)
+        .select(
+            *("start_ns", *FLOW, "direction", "length_bytes", "connection", *CARRIED, *ENDS),
+            carried_in="context",
+        )
         .with_columns(pl.col("direction").cast(pl.String))
         .sort("start_ns", maintain_order=True)
     )
@@ -204,7 +210,7 @@ def _carriers(settled: pl.DataFrame, moved: pl.DataFrame) -> pl.DataFrame:
     The last one until the call ended; what a memory BIO wrote is sent after it.
     """
     by = [*FLOW, "direction", "connection"]
-    carriers = moved.select("start_ns", *by, *CARRIED)
+    carriers = moved.select("start_ns", *by, *CARRIED, "carried_in")
     later = ~pl.col("socket") & (pl.col("direction") == "send")
     tied = settled.filter(pl.col("connection").is_not_null()).sort("end_ns")
     sides: list[tuple[pl.Expr, AsofJoinStrategy]] = [(later, "forward"), (~later, "backward")]
@@ -219,7 +225,7 @@ def _carriers(settled: pl.DataFrame, moved: pl.DataFrame) -> pl.DataFrame:
             strategy=strategy,
             check_sortedness=False,
         )
-        .select("row", *CARRIED)
+        .select("row", *CARRIED, "carried_in")
         for chosen, strategy in sides
     )
 

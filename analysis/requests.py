@@ -94,25 +94,26 @@ def _parts(recording: Recording, chains: Chains, found: pl.DataFrame) -> pl.Data
     """Where the time of each request went: `row`, and the columns of REQUESTS from `cpu_ns` on.
 
     Of a thread that worked on nothing else, all its time is the request's: see `time_parts`. In an
-    event loop only what the request itself is known to have waited for is.
+    event loop, whose thread works for many contexts, only what the request itself is known to have
+    waited for is.
     """
     peers = (
         chains.spans.filter(pl.col("connection").is_not_null() & pl.col("peer").is_not_null())
         .select("connection", "peer", "protocol")
         .unique("connection", keep="first", maintain_order=True)
     )
-    alone = pl.Series(works_alone(_flows(found), chains.loops))
+    alone = pl.Series(works_alone(_threads(found), chains.loops))
     by_thread = time_parts(recording, found.filter(alone), peers)
     by_calls = _calls_of(found.filter(~alone), chains.spans)
     return pl.concat([by_thread.select(by_calls.columns), by_calls])
 
 
-def _flows(found: pl.DataFrame) -> Flows:
+def _threads(found: pl.DataFrame) -> Flows:
     start_ns = found["start_ns"].to_numpy()
     return Flows(
         tgid=found["tgid"].to_numpy(),
         tid=found["tid"].to_numpy(),
-        context=found["context"].to_numpy(),
+        context=np.zeros(len(found), np.uint64),
         begun_ns=start_ns,
         start_ns=start_ns,
         end_ns=start_ns + found["duration_ns"].to_numpy(),

@@ -24,6 +24,7 @@ import call_cost
 import chains_scale
 import chains_truth
 import first_event
+import python_cost
 import shop_overhead
 import summary_time
 import sustained
@@ -34,6 +35,7 @@ MEASUREMENTS = {
     module.NAME: module
     for module in (
         call_cost,
+        python_cost,
         sustained,
         shop_overhead,
         first_event,

@@ -167,9 +167,10 @@ def scope_ebpf(
     *,
     families: str | None = None,
     cpus: Collection[int] | None = None,
+    more: Sequence[str] = (),
 ) -> Tracer:
     """The real `scope-ebpf attach`, with the families that it has by default."""
-    command: list[str | Path] = [program, "attach", "-o", recording]
+    command: list[str | Path] = [program, "attach", "-o", recording, *more]
     for pid in pids:
         command += ["--pid", str(pid)]
     if families is not None:

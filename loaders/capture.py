@@ -15,6 +15,8 @@ from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders import tls
 from scope_ebpf.loaders.cgroups import descendants
 from scope_ebpf.loaders.libbpf import BpfObject, possible_cpus, tracepoint_arguments
+from scope_ebpf.loaders.python import watch
+from scope_ebpf.loaders.python.watch import PythonWatch
 from scope_ebpf.loaders.ring import Records, SlotRing, array_in
 from scope_ebpf.records import RecordLimits
 from scope_ebpf.syscalls import SYSCALLS
@@ -56,6 +58,9 @@ WIDE_BYTES_IN_ALL = 24 << 20
 HOT_SLOTS = (1 << 14, 1 << 19)
 WIDE_SLOTS = (1 << 10, 1 << 14)
 
+# Walks of stacks that may be under way on a CPU: see probes/stacks.h.
+WALKS = 2
+
 # How each system call moves messages, by name: see enum message_class in probes/events.h.
 _C = records.MessageClass
 MESSAGE_CALLS = {
@@ -96,6 +101,8 @@ class CaptureOptions:
         families: which tables to fill, of FAMILIES.
         commands: programs that the targets are about to execute: libraries are sought beside them.
         payload_bytes: how much of a payload's head to keep; 0 for nothing.
+        sample_hz: how often a second of CPU time the stack of a running thread is taken.
+        long_wait_ns: a wait in a system call that is as long gets a stack.
         hot_slots, wide_slots: slots per CPU, powers of two; None for a size that fits the host.
     """
 
@@ -107,6 +114,8 @@ class CaptureOptions:
     families: tuple[str, ...] = FAMILIES
     commands: tuple[Path, ...] = ()
     payload_bytes: int = 512
+    sample_hz: int = 99
+    long_wait_ns: int = 1_000_000
     hot_slots: int | None = None
     wide_slots: int | None = None
 
@@ -132,6 +141,12 @@ def message_classes(machine: str) -> bytes:
         if name in MESSAGE_CALLS and number < len(table):
             table[number] = MESSAGE_CALLS[name]
     return bytes(table)
+
+
+def number_of(name: str) -> int:
+    """The number of a system call on this machine."""
+    table = SYSCALLS[os.uname().machine]
+    return next(number for number, known in table.items() if known == name)
 
 
 class Capture:
@@ -196,6 +211,9 @@ class Capture:
     def _records_calls(self) -> bool:
         return bool({"syscalls", "messages"} & set(self.options.families))
 
+    def _follows_python(self) -> bool:
+        return bool(set(watch.FAMILIES) & set(self.options.families))
+
     def _load(self) -> None:
         options, families = self.options, self.options.families
         check_layout(self._object)
@@ -205,13 +223,18 @@ class Capture:
                 *ITERATORS,
                 *(CALL_PROGRAMS if self._records_calls() else ()),
                 *(tls.PROGRAMS if "tls" in families else ()),
+                *(watch.UPROBES if self._follows_python() else ()),
+                *(("on_tick",) if "samples" in families else ()),
             }
         )
-        self._object.expect_uprobes(*tls.PROGRAMS)
+        self._object.expect_uprobes(*tls.PROGRAMS, *watch.UPROBES)
         self._object.set_constants(
             record_syscalls="syscalls" in families,
             record_messages="messages" in families,
             record_offcpu="offcpu" in families,
+            record_samples="samples" in families,
+            record_contexts="contexts" in families,
+            record_gil="gil" in families,
             record_everything=options.everything,
             follow_children=options.follow or options.cgroup is not None,
             seek_cgroups=options.cgroup is not None,
@@ -221,13 +244,19 @@ class Capture:
             wide_slots=self.wide_slots,
             payload_limit=options.payload_bytes,
             message_classes=message_classes(os.uname().machine),
+            long_wait_ns=options.long_wait_ns,
+            futex_number=number_of("futex"),
+            munmap_number=number_of("munmap"),
         )
         self._object.resize("cpus", self.cpus)
         self._object.resize("hot", self.cpus * self.hot_slots)
         self._object.resize("wide", self.cpus * self.wide_slots, self.wide_stride)
+        # one for programs and one for the clock that interrupts them
+        self._object.resize("walks", self.cpus * WALKS)
         self._object.resize("gathered", self.cpus, max(2 * options.payload_bytes, 64))
         self._object.load()
         self._map_rings()
+        self._pythons = PythonWatch(self._object, families) if self._follows_python() else None
 
     def _map_rings(self) -> None:
         """Map the CPU states and both rings of each CPU."""
@@ -286,8 +315,13 @@ class Capture:
             if not len(fresh):
                 break
             marked.append(fresh)
+        tgids = {int(tgid) for tasks in marked for tgid in tasks["tgid"]}
         if "tls" in self.options.families:
-            self._attach_tls({int(tgid) for tasks in marked for tgid in tasks["tgid"]})
+            self._attach_tls(tgids)
+        if self._pythons is not None:
+            self.notes += self._pythons.attach(tgids, self.options.commands)
+        if "samples" in self.options.families:
+            self._object.attach_clock("on_tick", self.options.sample_hz)
         if self._records_calls():
             self._object.attach(*CALL_PROGRAMS)
             self._entries_seen[0] = 1
@@ -310,9 +344,37 @@ class Capture:
                 self.notes.append(f"TLS through {path} is not recorded: {error}")
         self._tls_wanted[0] = 1
 
+    def find_pythons(self, tasks: Records) -> list[dict[str, Any]]:
+        """Look for interpreters among processes that were marked; returns rows of `interpreters`.
+
+        Of many processes the rest is looked at by watch_pythons().
+        """
+        if self._pythons is None:
+            return []
+        self._pythons.expect({int(tgid) for tgid in tasks["tgid"]})
+        return self._look_at_pythons(watch.FIRST_SECONDS)
+
+    def watch_pythons(self, batch: Batch) -> list[dict[str, Any]]:
+        """Likewise among the processes that executed a program in this batch."""
+        if self._pythons is None:
+            return []
+        for _, _, slots in batch.wide:
+            self._pythons.expect(watch.executed(slots))
+        return self._look_at_pythons(watch.ROUND_SECONDS)
+
+    def _look_at_pythons(self, seconds: float) -> list[dict[str, Any]]:
+        assert self._pythons is not None
+        before = self._pythons.changes
+        rows = self._pythons.look(seconds)
+        if self._pythons.changes != before:
+            self._look_up_running()
+        return rows
+
     def mark_tasks(self) -> Records:
         """Take up every running thread that belongs to the targets; returns MARKED_TASK records."""
         marked = self._mark()
+        if self._pythons is not None:
+            self._pythons.expect(set(marked["tgid"][marked["seen_before"] == 0].tolist()))
         self._meet_connections()
         return marked
 
@@ -364,6 +426,8 @@ class Capture:
         """
         # detaching uprobes takes a tenth of a second for each, while the rings would fill: close() does it
         self._tls_wanted[0] = 0
+        if self._pythons is not None:
+            self._pythons.stop()
         self._object.detach("on_sys_enter")
         self._object.detach("on_sys_exit")
         data = self._object.iterate("on_list_open")

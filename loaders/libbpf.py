@@ -25,6 +25,12 @@ PRINT_CALLBACK = c.CFUNCTYPE(c.c_int, c.c_int, c.c_char_p, c.c_void_p)
 # include/uapi/linux/bpf.h, and the number of bpf(2)
 BPF_LINK_CREATE, BPF_TRACE_UPROBE_MULTI = 28, 48
 BPF_SYSCALL = {"x86_64": 321, "aarch64": 280}
+# include/uapi/linux/perf_event.h, and the number of perf_event_open(2)
+PERF_TYPE_SOFTWARE, PERF_COUNT_SW_CPU_CLOCK, PERF_FLAG_FD_CLOEXEC = 1, 0, 8
+PERF_ATTR_FREQ = 1 << 10
+PERF_SYSCALL = {"x86_64": 298, "aarch64": 241}
+# type, size, config, frequency, sample type, read format, flags; as long as the first version of it
+PERF_ATTRIBUTES = struct.Struct("<2I5Q24x")
 MULTI_UPROBE = struct.Struct("<4I4Q3I")
 CAUSES = {
     errno.EPERM: "permission denied; run as root, or grant CAP_BPF and CAP_PERFMON",
@@ -78,6 +84,9 @@ class _Library:
         self.attach = function("bpf_program__attach", pointer, pointer)
         self.attach_uprobe = function(
             "bpf_program__attach_uprobe", pointer, pointer, c.c_bool, number, text, size
+        )
+        self.attach_perf_event = function(
+            "bpf_program__attach_perf_event", pointer, pointer, number
         )
         self.link_destroy = function("bpf_link__destroy", number, pointer)
         self.link_fd = function("bpf_link__fd", number, pointer)
@@ -284,6 +293,29 @@ class BpfObject:
             self._check(-c.get_errno(), action)
         self._links[f"{name} {path} {offset}"] = link
 
+    def attach_clock(self, name: str, frequency_hz: int) -> None:
+        """Run a program so many times a second of CPU time on each CPU that is online; until close().
+
+        Raises:
+            LoadError: with the kernel's reason.
+        """
+        self._lib.log.clear()
+        for cpu in range(possible_cpus()):
+            descriptor = _cpu_clock(cpu, frequency_hz)
+            if descriptor == -errno.ENODEV:  # it is not online
+                continue
+            self._check(descriptor, f"open a sampling clock on CPU {cpu}")
+            link = self._lib.attach_perf_event(self._program(name), descriptor)
+            if not link:
+                number = c.get_errno()
+                os.close(descriptor)
+                self._check(-number, f"attach {name}")
+            self._links[f"{name} {cpu}"] = link  # owns the descriptor
+
+    def detach_all(self, name: str) -> None:
+        """Detach a program from wherever it was attached to more than once."""
+        self.detach(*(key for key in list(self._links) if key.split()[0] == name))
+
     def detach(self, *names: str) -> None:
         """Detach programs."""
         for name in names:
@@ -366,6 +398,22 @@ def _multi_uprobe(program_fd: int, path: Path, offset: int, at_return: bool) -> 
     if number is None:
         return -errno.ENOSYS
     result = int(call(number, BPF_LINK_CREATE, attributes, len(attributes)))
+    return result if result >= 0 else -c.get_errno()
+
+
+def _cpu_clock(cpu: int, frequency_hz: int) -> int:
+    """perf_event_open() of the CPU clock: a descriptor, or -errno."""
+    attributes = PERF_ATTRIBUTES.pack(
+        PERF_TYPE_SOFTWARE, PERF_ATTRIBUTES.size, PERF_COUNT_SW_CPU_CLOCK, frequency_hz, 0, 0,
+        PERF_ATTR_FREQ,
+    )  # fmt: skip
+    call = c.CDLL(None, use_errno=True).syscall
+    call.restype, call.argtypes = c.c_long, [c.c_long, c.c_char_p, *[c.c_int] * 3, c.c_ulong]
+    number = PERF_SYSCALL.get(os.uname().machine)
+    if number is None:
+        return -errno.ENOSYS
+    every_process = no_group = -1
+    result = int(call(number, attributes, every_process, cpu, no_group, PERF_FLAG_FD_CLOEXEC))
     return result if result >= 0 else -c.get_errno()
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from scope_ebpf.errors import FormatError
 from scope_ebpf.loaders.elf import SharedLibrary
 from scope_ebpf.loaders.targets import PROC
+from scope_ebpf.loaders.uprobe_sites import choose_site, direct_callees
 
 PROGRAMS = (
     "on_tls_read",
@@ -34,10 +35,8 @@ PROGRAMS = (
 )
 LIBRARY = re.compile(r"libssl[^/]*\.so[^/]*")
 IN_LINKER_CACHE = re.compile(rb"/[^\0]+/libssl\.so[^\0/]*")
-# What a wrapper does before it calls: less than this many bytes of x86 code.
+# What a wrapper does before it calls: less than this many bytes of x86-64 code.
 WRAPPER_BYTES = 64
-ENDBR64 = b"\xf3\x0f\x1e\xfa"
-CALL = 0xE8
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def sites(library: SharedLibrary) -> list[Site]:
 
 
 def common_callee(library: SharedLibrary, first: str, second: str) -> int | None:
-    """The function that two exported ones both call first: its offset behind an ENDBR64, or None."""
+    """The function that two exported ones both call first: the place for its probes, or None."""
     if library.machine != "EM_X86_64":
         return None
     callees = {first_callee(library, name) for name in (first, second)}
@@ -97,36 +96,19 @@ def common_callee(library: SharedLibrary, first: str, second: str) -> int | None
 
 
 def first_callee(library: SharedLibrary, name: str) -> int | None:
-    """The first function that begins with a push and that an exported one seems to call directly.
+    """The first function that begins with a push and that an exported one calls directly.
 
-    A byte that looks like a call may be part of another instruction; two functions that seem to call the
-    same one leave no doubt.
+    Two functions that call the same one leave no doubt that it is the inner one.
     """
     start = library.function(name)
-    address = None if start is None else library.address(start)
-    if start is None or address is None:
+    if start is None:
         return None
-    code = library.code(start, WRAPPER_BYTES)
-    for at in range(len(code) - 5):
-        if code[at] != CALL:
-            continue
-        distance = int.from_bytes(code[at + 1 : at + 5], "little", signed=True)
-        target = library.offset(address + at + 5 + distance)
-        if target is None:
-            continue
-        beginning = library.code(target, 8)
-        if beginning.startswith(ENDBR64):  # no uprobe there: it would be single-stepped
-            target, beginning = target + len(ENDBR64), beginning[len(ENDBR64) :]
-        if is_push(beginning):
-            return target
+    length = min(library.extent(start) or WRAPPER_BYTES, WRAPPER_BYTES)
+    for target in direct_callees(library, start, length, jumps=False):
+        place = choose_site(library, target, at_return=True)
+        if place.emulated and place.instruction.startswith("push"):
+            return place.offset
     return None
-
-
-def is_push(code: bytes) -> bool:
-    """Whether x86-64 code begins with a push of a register."""
-    if code[:1] == b"\x41":
-        code = code[1:]
-    return bool(code) and 0x50 <= code[0] <= 0x57
 
 
 # ---- libraries ----
@@ -155,7 +137,7 @@ def _candidates(
     places = [prefix for command in commands for prefix in _prefixes(Path("/"), command)]
     yield from _in_prefixes(places, searched)
     for tgid in tgids:
-        root = _root(tgid)
+        root = root_of(tgid)
         try:
             mapped = mapped_files((PROC / str(tgid) / "maps").read_text(errors="surrogateescape"))
         except OSError:  # it is gone
@@ -183,7 +165,7 @@ def mapped_files(maps: str) -> set[str]:
     }
 
 
-def _root(tgid: int) -> Path:
+def root_of(tgid: int) -> Path:
     """Where a process's root directory is for us."""
     try:
         same = os.readlink(PROC / str(tgid) / "ns/mnt") == os.readlink("/proc/self/ns/mnt")

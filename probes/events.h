@@ -508,7 +508,8 @@ struct flight {
 	__u64 arg1;
 	__u64 arg2;
 	__u16 number;
-	__u16 reserved[3];
+	__u16 refused; /* the change of context before it could not be recorded: nor may it be */
+	__u16 reserved[2];
 };
 
 /*
@@ -527,7 +528,7 @@ struct cpu_state {
 	__u32 tid;
 	__u64 recorded; /* whether `task` has a record */
 	__u32 interpreter; /* of `task`: its element in `interpreters`, 0: it is no Python */
-	__u32 reserved00;
+	__u32 turned;	   /* the call in flight began a turn of a connection */
 	__u64 context;	   /* of `task`: the logical context that the last flow record told */
 	__u64 waited_ns;   /* of `task`: how long it was off the CPU in the call in flight */
 	__u64 contexts_made; /* on this CPU: ids are made of it */

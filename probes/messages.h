@@ -129,8 +129,10 @@ __noinline int write_end(struct cpu_state *cpu, __u32 fd, __u32 length, __u64 du
 		announce(cpu, &end, known);
 	if (known->inexact)
 		flags |= FLAG_INEXACT;
-	if (!(flags & FLAG_PEEK) && starts_turn(known, receive, start_ns, length))
+	if (!(flags & FLAG_PEEK) && starts_turn(known, receive, start_ns, length)) {
 		flags |= FLAG_TURN;
+		cpu->turned = cpu->interpreter != 0;
+	}
 	message = hot_reserve(cpu, &index);
 	if (!message) {
 		count_loss(cpu, LOSS_MESSAGES);

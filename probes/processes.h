@@ -47,6 +47,17 @@ static __always_inline struct process *process_reserve(struct cpu_state *cpu, st
 	return process;
 }
 
+/* A fork has all at the same addresses. */
+static __always_inline void inherit_interpreter(__u32 parent, __u32 child)
+{
+	__u32 *known = bpf_map_lookup_elem(&pythons, &parent), index;
+
+	if (!known)
+		return;
+	index = *known;
+	bpf_map_update_elem(&pythons, &child, &index, BPF_ANY);
+}
+
 SEC("tp_btf/sched_process_fork")
 int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 {
@@ -69,6 +80,8 @@ int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 		count_loss(cpu, LOSS_TASKS);
 		return 0;
 	}
+	if (!thread)
+		inherit_interpreter(parent->tgid, child->tgid);
 	process = process_reserve(cpu, child, thread ? PROCESS_THREAD : PROCESS_FORK, &index);
 	if (!process)
 		return 0;
@@ -76,6 +89,12 @@ int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 	process->parent_tid = parent->pid;
 	commit(&process->sequence, index);
 	return 0;
+}
+
+static __always_inline void forget_interpreter(__u32 tgid)
+{
+	if (bpf_map_lookup_elem(&pythons, &tgid))
+		bpf_map_delete_elem(&pythons, &tgid);
 }
 
 SEC("tp_btf/sched_process_exec")
@@ -95,6 +114,12 @@ int BPF_PROG(on_exec, struct task_struct *task, int old_tid, struct linux_binprm
 	}
 	/* a thread that executes a program takes its leader's id over */
 	cpu->tid = task->pid;
+	if (cpu->interpreter) {
+		if (cpu->context)
+			write_flow(cpu, 0);
+		cpu->interpreter = record->interpreter = 0;
+	}
+	forget_interpreter(task->tgid);
 	process = process_reserve(cpu, task, PROCESS_EXEC, &index);
 	if (!process)
 		return 0;
@@ -150,6 +175,8 @@ int BPF_PROG(on_exit, struct task_struct *task)
 		cpu->in_flight = 0;
 	}
 	last = ends_process(task);
+	if (last)
+		forget_interpreter(task->tgid);
 	process = process_reserve(cpu, task, last ? PROCESS_EXIT : PROCESS_THREAD_EXIT, &index);
 	if (!process)
 		return 0;

@@ -20,6 +20,7 @@
 
 #include "state.h"
 #include "offcpu.h"
+#include "python.h"
 
 enum found {
 	FOUND_NOTHING,
@@ -28,12 +29,32 @@ enum found {
 	FOUND_ATTACHED, /* it was marked while it ran; *since says when */
 };
 
+/* Whether the thread's process is a Python that user space has looked into. */
+static __always_inline void ask_for_interpreter(struct task_record *record, __u32 tgid)
+{
+	__u32 *index = bpf_map_lookup_elem(&pythons, &tgid);
+
+	record->interpreter = index ? *index : 0;
+	record->interpreter_changes = interpreter_changes;
+}
+
 /* A recorded thread is on this CPU again: end its interval and put its call in place. */
 static __always_inline void take_up(struct cpu_state *cpu, struct task_struct *task,
 				    struct task_record *record, __u64 now)
 {
-	if (record_offcpu && record->left_ns)
-		write_offcpu(cpu, task, record, now ?: bpf_ktime_get_ns());
+	if (record->interpreter_changes != interpreter_changes)
+		ask_for_interpreter(record, task->tgid);
+	if (record->left_ns && (record_offcpu || ((record_samples || record_gil) && record->interpreter))) {
+		now = now ?: bpf_ktime_get_ns();
+		if (record_offcpu)
+			write_offcpu(cpu, task, record, now);
+		if (record->in_flight)
+			record->waited_ns += now - record->left_ns;
+	}
+	cpu->interpreter = record->interpreter;
+	cpu->context = record->context;
+	cpu->waited_ns = record->waited_ns;
+	record->waited_ns = 0;
 	record->left_ns = record->woken_ns = 0;
 	cpu->task = (__u64)task;
 	cpu->recorded = 1;
@@ -60,6 +81,7 @@ static __noinline int look_up_running(struct cpu_state *cpu, __u64 registers, __
 		return FOUND_NOTHING;
 	cpu->running = registers;
 	cpu->traced = cpu->in_flight = cpu->recorded = 0;
+	cpu->interpreter = 0;
 	cpu->task = (__u64)task;
 	record = record_of(task);
 	if (!record && record_everything && task->tgid != recorder_tgid) {
@@ -74,6 +96,7 @@ static __noinline int look_up_running(struct cpu_state *cpu, __u64 registers, __
 	if (record->left_ns && phase == PHASE_NORMAL)
 		record->left_status = STATUS_END_LATE;
 	take_up(cpu, task, record, 0);
+	cpu->context = UNKNOWN_CONTEXT;
 	record->phase = PHASE_NORMAL;
 	*since = record->marked_ns;
 	if (phase == PHASE_NEWBORN)
@@ -96,10 +119,16 @@ static __always_inline void switch_out(struct cpu_state *cpu, struct task_struct
 	if (cpu->in_flight && cpu->in_flight == record->registers) {
 		record->flight = cpu->flight;
 		record->in_flight = 1;
+		record->waited_ns = cpu->waited_ns;
 	}
+	/* not known any more: the next call tells it again */
+	record->context = cpu->task == (__u64)task ? cpu->context : UNKNOWN_CONTEXT;
 	record->left_ns = now;
 	record->left_state = preempted ? TASK_RUNNING : state;
 	record->left_status = STATUS_COMPLETE;
+	/* it waits for a page: how long is told by the row of offcpu that begins now */
+	if (record_samples && cpu->interpreter && !record->in_flight && record->left_state != TASK_RUNNING)
+		take_sample(cpu, SAMPLE_FAULT, now, 0, 0);
 }
 
 static __always_inline void switch_in(struct cpu_state *cpu, struct task_struct *task, __u64 now)
@@ -139,6 +168,7 @@ int BPF_PROG(on_sched_switch, bool preempted, struct task_struct *previous, stru
 		switch_out(cpu, previous, preempted, state, now);
 	}
 	cpu->running = cpu->traced = cpu->in_flight = cpu->recorded = 0;
+	cpu->interpreter = 0;
 	cpu->task = (__u64)next;
 	if (next->pid)
 		switch_in(cpu, next, now);

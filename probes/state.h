@@ -21,6 +21,9 @@
 const volatile bool record_syscalls = false;
 const volatile bool record_messages = false;
 const volatile bool record_offcpu = false;
+const volatile bool record_samples = false;
+const volatile bool record_contexts = false;
+const volatile bool record_gil = false;
 const volatile bool record_everything = false; /* the whole host but the recorder */
 const volatile bool follow_children = false;
 const volatile bool seek_cgroups = false; /* membership is by `cgroups`, not by `targets` */
@@ -29,6 +32,9 @@ const volatile __u32 recorder_tgid = 0;
 const volatile __u32 hot_slots = 1; /* per CPU, a power of two */
 const volatile __u32 wide_slots = 1;
 const volatile __u32 payload_limit = 0; /* bytes of a payload head; 0: none */
+const volatile __u64 long_wait_ns = 0; /* from this on a wait in a call gets a stack */
+const volatile __u32 futex_number = 0;
+const volatile __u32 munmap_number = 0;
 const volatile __u8 message_classes[512] = {};
 
 /* Puts the layouts of the records into this object's BTF, where user space compares them at load. */
@@ -60,6 +66,9 @@ enum {
 	RING_MARGIN = 16,
 };
 
+/* In `context` of a thread: what was told last is not known. */
+#define UNKNOWN_CONTEXT 0xffffffffffffffffULL
+
 enum task_phase {
 	PHASE_NORMAL = 0,
 	PHASE_ATTACHED = 1, /* marked while it ran: it may be inside a call whose entry was not seen */
@@ -74,6 +83,10 @@ struct task_record {
 	__u64 woken_ns;
 	__u64 marked_ns;
 	__u64 registers; /* where its user registers are saved, 0: not known yet */
+	__u64 context;	 /* as in cpu_state */
+	__u64 waited_ns; /* as in cpu_state */
+	__u32 interpreter; /* as in cpu_state, as it was at that number of changes */
+	__u32 interpreter_changes;
 	__u32 waker_tgid;
 	__u32 waker_tid;
 	__u32 left_state;
@@ -112,6 +125,9 @@ struct {
 /* Set by user space when entries are seen, too: an exit without one means something only then. */
 __u32 entries_seen = 0;
 
+/* How often `pythons` was changed by user space: a record that knows another count asks again. */
+__u32 interpreter_changes = 0;
+
 /* How often the kernel found something that on_mark_tasks has to take up. */
 __u64 marks_wanted = 0;
 
@@ -123,6 +139,15 @@ struct {
 	__type(key, __u32);
 	__type(value, struct cpu_state);
 } cpus SEC(".maps");
+
+/* Which element of `interpreters` a process's is; forks share it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32); /* tgid */
+	__type(value, __u32);
+} pythons SEC(".maps");
 
 struct hot_slot {
 	__u64 words[HOT_SLOT_BYTES / 8];
@@ -195,6 +220,30 @@ static __always_inline void commit(__u32 *sequence, __u64 index)
 #else
 	__sync_lock_test_and_set(sequence, (__u32)index + 1);
 #endif
+}
+
+/* Tells `task` of the CPU to be in another context from now on. Returns whether that could be told. */
+static __always_inline bool write_flow(struct cpu_state *cpu, __u64 context)
+{
+	struct flow *flow;
+	__u64 index;
+
+	flow = hot_reserve(cpu, &index);
+	if (!flow) {
+		count_loss(cpu, LOSS_CONTEXTS);
+		return false;
+	}
+	flow->reserved0 = 0;
+	flow->kind = RECORD_FLOW;
+	flow->reserved1 = 0;
+	flow->start_ns = bpf_ktime_get_ns();
+	flow->tgid = cpu->tgid;
+	flow->tid = cpu->tid;
+	flow->context = context;
+	flow->reserved2[0] = flow->reserved2[1] = flow->reserved2[2] = flow->reserved2[3] = 0;
+	commit(&flow->sequence, index);
+	cpu->context = context;
+	return true;
 }
 
 static __always_inline struct task_record *record_of(struct task_struct *task)

@@ -57,6 +57,32 @@ static __always_inline void take_arguments(struct flight *flight, __u64 task, st
 }
 
 #include "messages.h"
+#include "python.h"
+
+/* Its context could not be told, so that it would seem to be of another one. */
+static __always_inline bool refused(struct cpu_state *cpu)
+{
+	if (!cpu->flight.refused)
+		return false;
+	count_loss(cpu, LOSS_SYSCALLS);
+	if (class_of(cpu->flight.number))
+		count_loss(cpu, LOSS_MESSAGES);
+	return true;
+}
+
+/* The rows of the call in flight, which has returned. */
+static __always_inline void write_rows(struct cpu_state *cpu, struct pt_regs *regs, __s64 result,
+				       __u64 duration_ns, __u32 status)
+{
+	bool python = cpu->interpreter;
+
+	if (python && refused(cpu))
+		return;
+	if (!(record_messages && write_message(cpu, regs, result, duration_ns, status)) && record_syscalls)
+		write_call(cpu, &cpu->flight, duration_ns, result, status);
+	if (python && (cpu->waited_ns || cpu->turned || cpu->flight.number == munmap_number))
+		after_call(cpu, duration_ns, status);
+}
 
 SEC("tp_btf/sys_enter")
 int BPF_PROG(on_sys_enter, struct pt_regs *regs, long number)
@@ -70,6 +96,9 @@ int BPF_PROG(on_sys_enter, struct pt_regs *regs, long number)
 	    (cpu->running == thread || look_up_running(cpu, thread, &since) == FOUND_NOTHING))
 		return 0;
 	take_arguments(&cpu->flight, cpu->task, regs, number);
+	cpu->flight.refused = 0;
+	if (record_contexts && cpu->interpreter)
+		follow_context(cpu);
 	cpu->in_flight = thread;
 	cpu->flight.start_ns = bpf_ktime_get_ns();
 	return 0;
@@ -94,10 +123,10 @@ static __noinline int exit_without_entry(struct cpu_state *cpu, struct pt_regs *
 		flight->start_ns = now;
 		status = STATUS_REFUSED;
 	}
-	if (record_messages && write_message(cpu, regs, result, now - flight->start_ns, status))
-		return 0;
-	if (record_syscalls)
-		write_call(cpu, flight, now - flight->start_ns, result, status);
+	flight->refused = 0;
+	if (record_contexts && cpu->interpreter)
+		follow_context(cpu);
+	write_rows(cpu, regs, result, now - flight->start_ns, status);
 	return 0;
 }
 
@@ -123,10 +152,7 @@ int BPF_PROG(on_sys_exit, struct pt_regs *regs, long result)
 	}
 	duration_ns = bpf_ktime_get_ns() - cpu->flight.start_ns;
 	cpu->in_flight = 0;
-	if (record_messages && write_message(cpu, regs, result, duration_ns, STATUS_COMPLETE))
-		return 0;
-	if (record_syscalls)
-		write_call(cpu, &cpu->flight, duration_ns, result, STATUS_COMPLETE);
+	write_rows(cpu, regs, result, duration_ns, STATUS_COMPLETE);
 	return 0;
 }
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,10 +92,12 @@ class Drained:
     hot: list[tuple[int, int, Records]] = field(default_factory=list)
     wide: list[tuple[int, int, Records]] = field(default_factory=list)
     marked: list[Marked] = field(default_factory=list)
+    interpreters: list[dict[str, Any]] = field(default_factory=list)  # rows of that table
     # lost events by CPU and loss kind, since the batch before; and when that was
     lost: NDArray[np.uint64] | None = None
     since_ns: int = 0
     slots: int = 0
+    last: bool = False  # nothing comes after it
 
     def mark(self, tasks: Records, time_ns: int) -> None:
         """Take records of threads that were marked at that time, without those marked before."""
@@ -211,6 +213,7 @@ class Recorder:
                 marked = marked[:0]  # they are not recorded yet
             first = Drained(since_ns=started_ns)
             first.mark(marked, started_ns)
+            first.interpreters = capture.find_pythons(marked)
             self._on_attached()
             use = Use()
             writer = threading.Thread(
@@ -261,7 +264,9 @@ class Recorder:
                 signal.pthread_sigmask(signal.SIG_SETMASK, signals)
                 waiting = False
             fill = capture.fill()
-            pending.add(capture.drain())
+            batch = capture.drain()
+            pending.add(batch)
+            pending.interpreters += capture.watch_pythons(batch)
             interval = min(
                 max(interval * FILL_GOAL / max(fill, 1e-6), POLL_SECONDS[0]), POLL_SECONDS[1]
             )
@@ -287,6 +292,7 @@ class Recorder:
             pending.add(capture.drain())
         if len(still_open):
             pending.hot.append((0, 0, still_open))
+        pending.last = True
         self._hand_over(capture, pending, lost)
 
     def _hand_over(

@@ -180,7 +180,8 @@ FLIGHT: np.dtype[Any] = np.dtype(
         ("arg1", "<u8"),
         ("arg2", "<u8"),
         ("number", "<u2"),
-        ("reserved", ("<u2", (3,))),
+        ("refused", "<u2"),
+        ("reserved", ("<u2", (2,))),
     ]
 )
 CALL: np.dtype[Any] = np.dtype(
@@ -521,7 +522,7 @@ CPU_STATE: np.dtype[Any] = np.dtype(
         ("tid", "<u4"),
         ("recorded", "<u8"),
         ("interpreter", "<u4"),
-        ("reserved00", "<u4"),
+        ("turned", "<u4"),
         ("context", "<u8"),
         ("waited_ns", "<u8"),
         ("contexts_made", "<u8"),

@@ -2,7 +2,7 @@
 
 import click
 
-from scope_ebpf.cli.options import recording_options
+from scope_ebpf.cli.options import Choices, recording_options
 from scope_ebpf.errors import UsageError
 
 
@@ -33,11 +33,7 @@ Examples:
 def attach(
     pids: tuple[int, ...],
     follow: bool,
-    output: str | None,
-    duration: float | None,
-    families: tuple[str, ...],
-    payload_bytes: int,
-    unredacted: bool,
+    choices: Choices,
 ) -> None:
     """Record running processes, their threads and children.
 
@@ -59,12 +55,9 @@ def attach(
         CaptureOptions(
             tgids=tuple(target.tgid for target in targets),
             follow=follow,
-            families=families,
-            payload_bytes=payload_bytes,
+            **choices.capture(),
         ),
-        output=output,
+        choices=choices,
         subject=" ".join(f"{target.comm}-{target.tgid}" for target in targets[:3]),
         targets=targets,
-        duration=duration,
-        unredacted=unredacted,
     )

@@ -1,16 +1,19 @@
 """Options that the recording commands share."""
 
+import functools
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any
 
 import click
 
 from scope_ebpf.families import FAMILIES
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Function = Callable[..., Any]
 
 MAX_PAYLOAD_BYTES = 32768
+MAX_SAMPLE_HZ = 4999
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 
@@ -60,9 +63,54 @@ class Families(click.ParamType[tuple[str, ...]]):
         return tuple(family for family in FAMILIES if family in chosen | {"processes"})
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What the user chose of the options that every recording command has."""
+
+    output: str | None
+    duration: float | None
+    families: tuple[str, ...]
+    payload_bytes: int
+    unredacted: bool
+    sample_hz: int
+    stacks_over: float
+
+    def capture(self) -> dict[str, Any]:
+        """The same as arguments of loaders.capture.CaptureOptions."""
+        return {
+            "families": self.families,
+            "payload_bytes": self.payload_bytes,
+            "sample_hz": self.sample_hz,
+            "long_wait_ns": round(self.stacks_over * 1e9),
+        }
+
+
 def recording_options(function: Function) -> Function:
-    """The options of every command that records."""
+    """Give a command the options of every command that records, as one argument `choices`."""
+    names = [field.name for field in fields(Choices)]
+
+    @functools.wraps(function)
+    def command(**arguments: Any) -> Any:
+        choices = Choices(**{name: arguments.pop(name) for name in names})
+        return function(**arguments, choices=choices)
+
     for option in (
+        click.option(
+            "--stacks-over",
+            type=Duration(),
+            default="1ms",
+            show_default=True,
+            metavar="TIME",
+            help="Take the Python stack of each wait in a system call that is at least as long.",
+        ),
+        click.option(
+            "--sample-hz",
+            type=click.IntRange(1, MAX_SAMPLE_HZ),
+            default=99,
+            show_default=True,
+            metavar="N",
+            help="Take the Python stack of running threads so many times a second.",
+        ),
         click.option(
             "--payload-bytes",
             type=click.IntRange(0, MAX_PAYLOAD_BYTES),
@@ -94,5 +142,5 @@ def recording_options(function: Function) -> Function:
             help="The recording's directory; named after the target and the time by default.",
         ),
     ):
-        function = option(function)
-    return function
+        command = option(command)
+    return command

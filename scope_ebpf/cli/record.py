@@ -2,7 +2,7 @@
 
 import click
 
-from scope_ebpf.cli.options import recording_options
+from scope_ebpf.cli.options import Choices, recording_options
 
 
 @click.command(
@@ -22,11 +22,7 @@ Examples:
 def record(
     cgroup: str | None,
     everything: bool,
-    output: str | None,
-    duration: float | None,
-    families: tuple[str, ...],
-    payload_bytes: int,
-    unredacted: bool,
+    choices: Choices,
 ) -> None:
     """Record a cgroup's members, or the whole host.
 
@@ -42,11 +38,7 @@ def record(
 
     directory = None if cgroup is None else resolve(cgroup)
     session.record(
-        CaptureOptions(
-            cgroup=directory, everything=everything, families=families, payload_bytes=payload_bytes
-        ),
-        output=output,
+        CaptureOptions(cgroup=directory, everything=everything, **choices.capture()),
+        choices=choices,
         subject="host" if directory is None else directory.name,
-        duration=duration,
-        unredacted=unredacted,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from scope_ebpf.cli.options import recording_options
+from scope_ebpf.cli.options import Choices, recording_options
 from scope_ebpf.errors import ScopeError
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as the shell does
@@ -34,11 +34,7 @@ Examples:
 def run(
     command: tuple[str, ...],
     follow: bool,
-    output: str | None,
-    duration: float | None,
-    families: tuple[str, ...],
-    payload_bytes: int,
-    unredacted: bool,
+    choices: Choices,
 ) -> None:
     """Start COMMAND, record it from its first instruction on, and pass its exit code on.
 
@@ -59,15 +55,12 @@ def run(
                     tgids=(held.tgid,),
                     after_exec=True,
                     follow=follow,
-                    families=families,
-                    payload_bytes=payload_bytes,
+                    **choices.capture(),
                     commands=(Path(shutil.which(command[0]) or command[0]).absolute(),),
                 ),
-                output=output,
+                choices=choices,
                 subject=os.path.basename(command[0]),
                 targets=(Target(held.tgid, os.path.basename(command[0])[:15], command),),
-                duration=duration,
-                unredacted=unredacted,
                 signals=(signal.SIGHUP,),
                 on_attached=held.release,
                 summary_to_stderr=True,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from scope_ebpf.cli.options import Choices
 from scope_ebpf.cli.units import printable
 from scope_ebpf.errors import ScopeError
 from scope_ebpf.loaders import privileges
@@ -71,11 +72,9 @@ def say(text: str, *, end: str = "\n") -> None:
 def record(
     options: CaptureOptions,
     *,
-    output: str | None,
+    choices: Choices,
     subject: str,
     targets: tuple[Target, ...] = (),
-    duration: float | None = None,
-    unredacted: bool = False,
     signals: tuple[signal.Signals, ...] = ENDING_SIGNALS,
     on_attached: Callable[[], None] = lambda: None,
     summary_to_stderr: bool = False,
@@ -85,11 +84,10 @@ def record(
 
     Args:
         options: what to capture.
-        output: the recording's name, or None for one after `subject` and the time.
+        choices: the recording's name (None for one after `subject` and the time), its duration, and
+            whether payloads are stored as they are.
         subject: what is recorded, in a word.
         targets: the processes that were named.
-        duration: seconds, or None.
-        unredacted: store payloads as they are, and warn of it.
         signals: what ends the recording.
         on_attached: called when the probes are at work.
         summary_to_stderr: keep stdout for the recorded command.
@@ -98,7 +96,7 @@ def record(
     Raises:
         ScopeError: recording failed; what there is was summarised.
     """
-    path = recording_path(output if output is not None else default_name(subject))
+    path = recording_path(default_name(subject) if choices.output is None else choices.output)
     owner = privileges.invoking_user(os.environ)
 
     def attached() -> None:
@@ -106,10 +104,11 @@ def record(
         privileges.drop_after_attaching(os.environ)
         say(f"recording {printable(subject)} to {printable(str(path))}; {ending}")
 
-    if unredacted and options.payload_bytes:
+    if choices.unredacted and options.payload_bytes:
         say(UNREDACTED)
     recorder = Recorder(
-        Plan(path, options, targets, tuple(sys.argv), duration, unredacted), on_attached=attached
+        Plan(path, options, targets, tuple(sys.argv), choices.duration, choices.unredacted),
+        on_attached=attached,
     )
     line = StatusLine()
     before = {number: signal.signal(number, lambda *_: recorder.stop()) for number in signals}

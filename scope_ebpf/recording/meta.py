@@ -93,6 +93,8 @@ class Meta:
     command: list[str]  # how the recorder was called
     families: list[str]  # which groups of probes were on
     payload_bytes: Count  # how much of a payload was kept at most; 0: none
+    sample_hz: Count  # how often a second of CPU time the stack of a running thread was taken
+    long_wait_ns: Count  # waits in system calls that were as long got a stack
     redacted: bool  # payloads were masked before they were written
     scope: Literal["pids", "cgroup", "host"]
     cgroup: str | None

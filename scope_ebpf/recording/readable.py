@@ -9,7 +9,13 @@ from typing import Final
 
 import polars as pl
 
-from scope_ebpf.records import CallStatus, ProcessEvent, RecordLimits
+from scope_ebpf.records import (
+    CallStatus,
+    ContextKind,
+    ProcessEvent,
+    RecordLimits,
+    SampleReason,
+)
 from scope_ebpf.syscalls import errno_name, signal_name, syscall_names
 
 _COMPAT: Final = int(RecordLimits.COMPAT_SYSCALL)
@@ -26,7 +32,7 @@ _RTLOCK_WAIT_OR_FROZEN: Final = 0x1000 | 0x8000
 _STATE_LETTERS: Final = {0x40: "P", 0x20: "Z", 0x10: "X", 0x8: "t", 0x4: "T", 0x2: "D", 0x1: "S"}
 
 CONTEXT: Final = pl.lit(0, dtype=pl.UInt64).alias("context")
-"""The flow's logical context (asyncio task, greenlet); 0: the thread itself."""
+"""The logical context where none was recorded: the thread itself."""
 
 
 def _labels(values: type[IntEnum], prefix: str) -> list[str]:
@@ -37,9 +43,13 @@ def _labels(values: type[IntEnum], prefix: str) -> list[str]:
 
 _STATUS: Final = _labels(CallStatus, "STATUS_")
 _EVENT: Final = _labels(ProcessEvent, "PROCESS_")
+_REASON: Final = _labels(SampleReason, "SAMPLE_")
+_CONTEXT_KIND: Final = _labels(ContextKind, "CONTEXT_")
 
 STATUS: Final = pl.Enum(_STATUS)
 EVENT: Final = pl.Enum(_EVENT)
+REASON: Final = pl.Enum(_REASON)
+CONTEXT_KIND: Final = pl.Enum(_CONTEXT_KIND)
 DIRECTION: Final = pl.Enum(["send", "receive"])
 STATE: Final = pl.Enum(["R", "I", *_STATE_LETTERS.values()])
 
@@ -62,6 +72,16 @@ def status() -> pl.Expr:
 def event() -> pl.Expr:
     """`event` as text: what happened to the process or thread."""
     return _labelled(pl.col("event"), EVENT)
+
+
+def reason() -> pl.Expr:
+    """`reason` as text: why a stack was taken."""
+    return _labelled(pl.col("reason"), REASON)
+
+
+def context_kind() -> pl.Expr:
+    """`kind` as text: how a logical context came about."""
+    return _labelled(pl.col("kind"), CONTEXT_KIND)
 
 
 def signal() -> pl.Expr:

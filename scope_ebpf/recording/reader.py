@@ -14,6 +14,7 @@ import polars as pl
 from scope_ebpf.errors import RecordingError, UsageError
 from scope_ebpf.recording import readable
 from scope_ebpf.recording.directory import META_FILE, SUFFIX
+from scope_ebpf.recording.flows import BIRTHS, ThreadContexts
 from scope_ebpf.recording.meta import Meta, read_meta
 from scope_ebpf.recording.schema import SCHEMAS
 from scope_ebpf.recording.segments import (
@@ -97,6 +98,8 @@ class Recording:
         self._rows: dict[str, int] = {}
         self._built: Chains | None = None
         self._building = threading.Lock()
+        self._contexts: ThreadContexts | None = None
+        self._loading = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<Recording {self.path}>"
@@ -139,7 +142,8 @@ class Recording:
         The calls that the kernel makes for probes, uretprobe and uprobe, are left out.
 
         - `start_ns`, `duration_ns`
-        - `tgid`, `tid`; `context`: the logical context within the thread, 0 for the thread itself
+        - `tgid`, `tid`; `context`: the logical context in which the thread was, such as an asyncio
+          task: its id in `contexts`; 0: the thread itself, or not known
         - `number`: as the kernel counts, plus 0x8000 for a 32-bit call; `name`: such as `openat`
         - `result`: as the kernel returned it, -errno on errors; `error`: such as `ENOENT`, or null
         - `arg0`, `arg1`, `arg2`: the first arguments, as they are in the registers
@@ -151,7 +155,7 @@ class Recording:
         """
         stored = self._stored("syscalls")
         frame = stored.with_columns(
-            readable.CONTEXT,
+            self._context(pl.col("start_ns")),
             self.syscall_name("number").alias("name"),
             readable.error(),
             readable.status(),
@@ -186,7 +190,7 @@ class Recording:
             how="left",
             maintain_order="left",
         ).with_columns(
-            readable.CONTEXT,
+            self._context(pl.col("start_ns")),
             self.syscall_name("number").alias("name"),
             readable.direction(),
             readable.stream(),
@@ -230,14 +234,18 @@ class Recording:
           of it later is not told here
         """
         stored = self._stored("connects")
-        frame = stored.with_columns(readable.CONTEXT, readable.error(), readable.status())
+        frame = stored.with_columns(
+            self._context(pl.col("start_ns")), readable.error(), readable.status()
+        )
         return frame.select(_with_after(stored, {"tid": ["context"], "result": ["error"]}))
 
     @property
     def tls(self) -> pl.LazyFrame:
         """One row per call of SSL_read or SSL_write (or their _ex forms) that moved plain text.
 
-        - `start_ns`, `duration_ns`, `tgid`, `tid`, `context`, `cpu`: as in `syscalls`
+        - `start_ns`, `duration_ns`, `tgid`, `tid`, `context`, `cpu`: as in `syscalls`. A change of
+          the context is only seen at a system call, perhaps the first one within SSL_write: so
+          `context` is that at the end of the call
         - `ssl`: address of the SSL object in the process; a later connection may have the same
         - `direction`: `send` or `receive`
         - `turn`: the first of a turn of that SSL object
@@ -245,7 +253,8 @@ class Recording:
         - `payload`: the head of the plain text at the start of a turn, else null
         """
         stored = self._stored("tls")
-        frame = stored.with_columns(readable.CONTEXT, readable.direction())
+        ended_ns = pl.col("start_ns") + pl.col("duration_ns")
+        frame = stored.with_columns(self._context(ended_ns), readable.direction())
         after = {"tid": ["context"], "ssl": ["direction"]}
         return frame.select(name for name in _with_after(stored, after) if name != "receive")
 
@@ -255,7 +264,8 @@ class Recording:
 
         - `start_ns`; `duration_ns` = `waiting_ns` (until something woke it) + `runnable_ns` (ready
           to run, waiting for a CPU)
-        - `tgid`, `tid`, `context`
+        - `tgid`, `tid`; `context`: that of the call that it was in; outside of calls 0, which says
+          no more than that it is not known
         - `state`: as ps shows it: R (preempted, or it yielded), S (interruptible), D
           (uninterruptible), I (idle kernel thread), T (stopped), t (traced), X, Z, P;
           `state_bits`: the kernel's own task state
@@ -270,7 +280,7 @@ class Recording:
         stored = self._stored("offcpu")
         frame = stored.with_columns(
             (pl.col("duration_ns") - pl.col("runnable_ns")).alias("waiting_ns"),
-            readable.CONTEXT,
+            self._context(pl.col("syscall_start_ns")),
             pl.col("state").alias("state_bits"),
             readable.state(),
             self.syscall_name("number").alias("name"),
@@ -285,6 +295,116 @@ class Recording:
             "waker_number": ["waker_name"],
         }
         return frame.select(_with_after(stored, after))
+
+    @property
+    def interpreters(self) -> pl.LazyFrame:
+        """One row per CPython process that was met and looked into; a fork is like its parent.
+
+        - `time_ns`, `tgid`; `version`: such as 3.11.2; `path`: of the file with the interpreter, as
+          the process sees it
+        - `stacks`, `contexts`, `greenlets`, `gil`: whether its stacks can be read, its logical
+          contexts and its greenlets are told apart, and waits for its GIL are seen
+        - `reason`: why something of that is missing; null: nothing is
+        """
+        return self._stored("interpreters")
+
+    @property
+    def samples(self) -> pl.LazyFrame:
+        """One row per stack that was taken.
+
+        - `time_ns`: when; of a call or interval its `start_ns`, which joins it with the row of
+          `syscalls`, `messages` or `offcpu` of the same `tgid` and `tid`
+        - `tgid`, `tid`; `context`: as in `syscalls`
+        - `reason`: `cpu` (it ran when the sampling clock ticked), `wait` (it was off the CPU in a
+          system call for long), `message` (the first message of a turn) or `fault` (it waited for
+          a page); null if unknown
+        - `duration_ns`: of the call or interval; at a tick of the clock 0
+        - `stack`: its id in `stacks`; null: it could not be read, or it is no Python thread
+        - `native`: at a tick the native function that ran; null: not known
+        - `cpu`
+        """
+        stored = self._stored("samples")
+        return stored.with_columns(readable.reason())
+
+    @property
+    def stacks(self) -> pl.LazyFrame:
+        """One row per different stack of a process; the same one may come more than once.
+
+        - `time_ns`: when it was first seen; `tgid`; `stack`: its id
+        - `codes`: `code` of each frame in `codes`, the innermost first; `offsets`: of each frame's
+          instruction, which with the code's `lines` tells the line
+        - `truncated`: there are more frames further out
+        """
+        return self._stored("stacks")
+
+    @property
+    def codes(self) -> pl.LazyFrame:
+        """One row per code object; a later one may have the same address.
+
+        For a stack the latest one of its process before it counts.
+
+        - `time_ns`: when it was first seen; `tgid`; `code`: its address
+        - `name`: co_qualname, up to CPython 3.10 co_name; `file`; null: could not be read
+        - `first_line`; `lines`: co_linetable, up to 3.9 co_lnotab, cut where it is very long
+        - `version`: of CPython, 0x030b is 3.11; `first_instruction`: offset of the bytecode in the
+          code object
+        """
+        return self._stored("codes")
+
+    @property
+    def contexts(self) -> pl.LazyFrame:
+        """One row per logical context that was made, or met.
+
+        - `time_ns`, `tgid`, `tid`: when and where it was made
+        - `context`: its id, unique within the recording, never 0
+        - `parent`: the one that was current where it was made; 0: the thread itself, or not known
+        - `kind`: `copied` (a copy of its parent: a task, a callback), `new` (made empty, or copied
+          from one that did not run), `met` (it existed when its process was met) or `greenlet`;
+          null if unknown
+        """
+        stored = self._stored("contexts")
+        return stored.with_columns(readable.context_kind())
+
+    @property
+    def flows(self) -> pl.LazyFrame:
+        """One row per change of a thread's logical context, as far as its calls show it.
+
+        - `start_ns`: of the first call in it; `tgid`, `tid`
+        - `context`: its id in `contexts`; 0: the thread itself
+        """
+        return self._stored("flows")
+
+    @property
+    def handoffs(self) -> pl.LazyFrame:
+        """One row per work item that was put into or taken out of a queue between threads.
+
+        - `time_ns`, `tgid`, `tid`; `context`: that of the thread at that moment
+        - `put`: it was put in; else it was got
+        - `item`: address of the object, which a later one may have again
+        - `queue`: address of the queue, of what was put
+        """
+        return self._stored("handoffs")
+
+    @property
+    def gil(self) -> pl.LazyFrame:
+        """One row per system call that waited for the GIL; it is in `syscalls`, too.
+
+        - `start_ns`, `duration_ns`, `tgid`, `tid`, `status`, `cpu`: as in `syscalls`
+        - `holder_tid`: the thread that held it when the wait ended; null: not known
+        """
+        stored = self._stored("gil")
+        return stored.with_columns(readable.status())
+
+    @property
+    def hits(self) -> pl.LazyFrame:
+        """One row per hit of a probe that the user chose; meta.json says what the probes are.
+
+        - `time_ns`; `duration_ns`: of a call that was seen from its begin to its end, else null
+        - `tgid`, `tid`; `context`: as in `syscalls`
+        - `probe`: its name; `arguments`: as text, each as its type asks
+        - `cpu`
+        """
+        return self._stored("hits")
 
     @property
     def losses(self) -> pl.LazyFrame:
@@ -410,6 +530,24 @@ class Recording:
         if table not in self._checked:
             self.check(table, verify=self._verify)
         return scan(self._segments[table], SCHEMAS[table])
+
+    def thread_contexts(self) -> ThreadContexts | None:
+        """The logical context of each thread at any time; None: no thread was in one."""
+        flows = self._stored("flows")
+        if self.rows("flows") == 0:
+            return None
+        with self._loading:
+            if self._contexts is None:
+                births = self.processes.filter(pl.col("event").is_in(BIRTHS))
+                self._contexts = ThreadContexts(
+                    self.collect(flows), self.collect(births.select("tgid", "tid", "time_ns"))
+                )
+            return self._contexts
+
+    def _context(self, time_ns: pl.Expr) -> pl.Expr:
+        """The logical context of the threads `tgid`, `tid` at a time; a null time: 0."""
+        contexts = self.thread_contexts()
+        return readable.CONTEXT if contexts is None else contexts.expression(time_ns)
 
     def syscall_name(self, number: str) -> pl.Expr:
         """The name of the system call whose number is in the column `number`; null for null."""

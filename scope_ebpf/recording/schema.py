@@ -149,8 +149,8 @@ SCHEMAS: dict[str, pl.Schema] = {
         {
             "time_ns": pl.Int64,
             "tgid": pl.UInt32,
-            "version": pl.String,  # such as 3.11.2
-            "path": pl.String,  # of the file with the interpreter, as the process sees it
+            "version": pl.String,  # such as 3.11.2; null: it could not be looked into
+            "path": pl.String,  # of the file with the interpreter, as the process sees it; or null
             "stacks": pl.Boolean,  # whether its stacks can be read,
             "contexts": pl.Boolean,  # its logical contexts,
             "greenlets": pl.Boolean,  # whether its greenlets are told apart,

@@ -14,6 +14,7 @@ from scope_ebpf.loaders import host
 from scope_ebpf.loaders.cgroups import CgroupPaths
 from scope_ebpf.recorder import Drained, Marked, Plan, Use
 from scope_ebpf.recording.meta import Clock, Host, Meta, RecorderUse, Target
+from scope_ebpf.recording.python_tables import Descriptions
 from scope_ebpf.recording.redaction import Redactor
 from scope_ebpf.recording.tables import (
     Payloads,
@@ -36,6 +37,12 @@ LOSS_TABLES = {
     records.LossKind.LOSS_TASKS: "tasks",
     records.LossKind.LOSS_CONNECTS: "connects",
     records.LossKind.LOSS_TLS: "tls",
+    records.LossKind.LOSS_SAMPLES: "samples",
+    records.LossKind.LOSS_STACKS: "stacks",
+    records.LossKind.LOSS_CONTEXTS: "contexts",
+    records.LossKind.LOSS_HANDOFFS: "handoffs",
+    records.LossKind.LOSS_GIL: "gil",
+    records.LossKind.LOSS_HITS: "hits",
 }
 
 
@@ -50,6 +57,7 @@ class Store:
         """
         self._use = use
         self._payloads = Payloads()
+        self._descriptions = Descriptions()
         self._redactor = Redactor(plan.unredacted)
         self._cgroups = CgroupPaths()
         self._lost: Counter[str] = Counter()
@@ -74,12 +82,15 @@ class Store:
             RecordingError: writing failed, now for the first time.
         """
         failed_before = self._failed is not None
-        frames = wide_frames(batch.wide, self._payloads, self._cgroups.path)
+        frames = wide_frames(batch.wide, self._payloads, self._descriptions, self._cgroups.path)
+        frames |= self._descriptions.take(last=batch.last)
         if alive := self._alive_rows(batch.marked):
             rows = rows_frame("processes", alive)
             frames["processes"] = pl.concat([rows, frames.get("processes", rows.clear())])
         if batch.hot:
-            frames |= hot_frames(batch.hot, self._payloads)
+            frames |= hot_frames(batch.hot, self._payloads, lambda tgid, address: None)
+        if batch.interpreters:
+            frames["interpreters"] = rows_frame("interpreters", batch.interpreters)
         if losses := self._loss_rows(batch):
             frames["losses"] = rows_frame("losses", losses)
         self._redactor.redact_all(frames)
@@ -186,6 +197,8 @@ def first_meta(plan: Plan, started_ns: int, notes: tuple[str, ...] = ()) -> Meta
         command=list(plan.command),
         families=list(options.families),
         payload_bytes=options.payload_bytes,
+        sample_hz=options.sample_hz,
+        long_wait_ns=options.long_wait_ns,
         redacted=not plan.unredacted,
         scope=scope,
         cgroup=None if options.cgroup is None else str(options.cgroup),

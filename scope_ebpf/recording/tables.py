@@ -12,6 +12,12 @@ from numpy.typing import NDArray
 from scope_ebpf import records
 from scope_ebpf.loaders.targets import split_arguments
 from scope_ebpf.recording.connections import connections_frame, connects_frame
+from scope_ebpf.recording.python_tables import (
+    HOT_TABLES,
+    Descriptions,
+    NameNative,
+    samples_frame,
+)
 from scope_ebpf.recording.schema import SCHEMAS, frame
 from scope_ebpf.records import ProcessEvent, RecordFlags, RecordKind, RecordLimits
 
@@ -225,8 +231,13 @@ def tls_frame(slots: Records, cpus: NDArray[np.uint16], heads: pl.Series) -> pl.
     )
 
 
-def hot_frames(runs: Iterable[Run], payloads: Payloads) -> dict[str, pl.DataFrame]:
-    """The hot slots as rows of syscalls, messages, tls and offcpu, each sorted by its start."""
+def hot_frames(
+    runs: Iterable[Run], payloads: Payloads, native: NameNative
+) -> dict[str, pl.DataFrame]:
+    """The hot slots as rows of their tables, each sorted by its first column.
+
+    `native` names the function at an address of a process, if it can.
+    """
     cpus, indices, slots = join_runs(runs)
     kinds = slots["kind"]
     frames = {}
@@ -248,6 +259,11 @@ def hot_frames(runs: Iterable[Run], payloads: Payloads) -> dict[str, pl.DataFram
                 frames[table] = to_frame(slots[mine], cpus[mine], heads.filter(pl.Series(chosen)))
     if len(rows := in_order(slots, kinds == RecordKind.RECORD_OFFCPU)):
         frames["offcpu"] = offcpu_frame(slots[rows], cpus[rows])
+    if len(rows := in_order(slots, kinds == RecordKind.RECORD_SAMPLE)):
+        frames["samples"] = samples_frame(slots[rows], cpus[rows], native)
+    for kind, (table, make_frame) in HOT_TABLES.items():
+        if len(rows := in_order(slots, kinds == kind)):
+            frames[table] = make_frame(slots[rows], cpus[rows])
     return frames
 
 
@@ -297,11 +313,14 @@ def process_row(
 
 
 def wide_frames(
-    runs: Iterable[Run], payloads: Payloads, cgroup_path: Callable[[int], str | None]
+    runs: Iterable[Run],
+    payloads: Payloads,
+    descriptions: Descriptions,
+    cgroup_path: Callable[[int], str | None],
 ) -> dict[str, pl.DataFrame]:
     """The wide slots as rows of processes, connections and connects.
 
-    Payloads go to their waiting place.
+    Payloads, stacks and code objects go to their waiting places.
     """
     processes: list[dict[str, Any]] = []
     connections: list[Records] = []
@@ -309,6 +328,7 @@ def wide_frames(
     for cpu, _, slots in runs:
         kinds = slots["kind"]
         payloads.add(cpu, slots)
+        descriptions.add(slots)
         for record in typed(slots[kinds == RecordKind.RECORD_PROCESS], records.PROCESS):
             processes.append(process_row(record, cgroup_path))
         connections.append(typed(slots[kinds == RecordKind.RECORD_CONNECTION], records.CONNECTION))

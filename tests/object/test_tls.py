@@ -16,7 +16,6 @@ from scope_ebpf.loaders.tls import (
     Site,
     common_callee,
     find_libraries,
-    is_push,
     library_sites,
     mapped_files,
     sites,
@@ -120,15 +119,6 @@ def test_what_is_no_library(content, tmp_path):
     assert "\n" not in str(caught.value)
     assert library_sites(file) == []
     assert library_sites(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("code", "push"),
-    [(b"\x55", True), (b"\x41\x57", True), (b"\x50", True), (b"\x58", False), (b"\x48\x55", False),
-     (b"\x41", False), (b"", False)],
-)  # fmt: skip
-def test_pushes(code, push):
-    assert is_push(code) is push
 
 
 def test_mapped_files():

@@ -35,6 +35,8 @@ META = Meta(
     command=["scope-ebpf", "attach", "--pid", "100"],
     families=["syscalls", "messages"],
     payload_bytes=128,
+    sample_hz=99,
+    long_wait_ns=1_000_000,
     redacted=False,
     scope="pids",
     cgroup=None,
@@ -101,14 +103,49 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"start_ns": at(2), "duration_ns": 50, "runnable_ns": 50, "tgid": 200, "state": 0},
         {"start_ns": at(3), "duration_ns": 10, "tgid": 999, "state": 0x402, "number": 0},
     ],
-    "interpreters": [], "samples": [], "stacks": [], "codes": [], "contexts": [], "flows": [],
-    "handoffs": [], "gil": [], "hits": [], "losses": [],
+    "interpreters": [
+        {"time_ns": at(1), "tgid": 100, "version": "3.11.2", "path": "/usr/bin/python3.11",
+         "stacks": True, "contexts": True, "reason": "no greenlets are used"},
+    ],
+    "samples": [
+        {"time_ns": at(1), "tgid": 100, "tid": 100, "context": 5, "reason": 1, "stack": 77},
+        {"time_ns": at(2), "tgid": 100, "tid": 101, "reason": 250, "duration_ns": 9},
+    ],
+    "stacks": [
+        {"time_ns": at(1), "tgid": 100, "stack": 77, "codes": [2**46, 2**47], "offsets": [4, 180]},
+    ],
+    "codes": [
+        {"time_ns": at(1), "tgid": 100, "code": 2**46, "name": "handle", "file": "app.py",
+         "first_line": 7, "lines": b"\x80\x00", "version": 0x30B, "first_instruction": 184},
+        {"time_ns": at(1), "tgid": 100, "code": 2**47},
+    ],
+    "contexts": [
+        {"time_ns": at(1), "tgid": 100, "tid": 100, "context": 5, "kind": 1},
+        {"time_ns": at(3), "tgid": 100, "tid": 100, "context": 6, "parent": 5, "kind": 250},
+    ],
+    "flows": [],
+    "handoffs": [
+        {"time_ns": at(1), "tgid": 100, "tid": 100, "context": 5, "put": True, "item": 2**45},
+        {"time_ns": at(2), "tgid": 100, "tid": 101, "item": 2**45},
+    ],
+    "gil": [
+        {"start_ns": at(1), "duration_ns": 50, "tgid": 100, "tid": 100, "holder_tid": 101},
+        {"start_ns": at(2), "duration_ns": 50, "tgid": 100, "tid": 101, "status": 2},
+    ],
+    "hits": [
+        {"time_ns": at(1), "tgid": 100, "tid": 100, "context": 5, "probe": "app:pay",
+         "arguments": ["7", "'a'"]},
+    ],
+    "losses": [],
 }  # fmt: skip
 NULLABLE = {
     "command_line", "cgroup", "exit_code", "signal", "syscall_start_ns", "waker_tgid", "waker_tid",
     "waker_number", "payload", "local_address", "remote_address", "local_port", "remote_port",
-    "local_path", "remote_path", "peer_inode", "comm",
+    "local_path", "remote_path", "peer_inode", "comm", "stack", "native", "holder_tid", "name",
+    "file",
 }  # fmt: skip
+# Likewise in these tables only.
+NULLABLE_IN = {("offcpu", "number"), ("interpreters", "reason"), ("hits", "duration_ns")}
 
 
 def frame(table: str, rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
@@ -116,9 +153,9 @@ def frame(table: str, rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
     zeros = {pl.String: "", pl.Binary: b"", pl.Boolean: False}
     columns = {}
     for name, dtype in SCHEMAS[table].items():
-        # offcpu has no call where syscalls must have one
-        nullable = name in NULLABLE or (table == "offcpu" and name == "number")
-        default = None if nullable else zeros.get(dtype, 0)  # type: ignore[call-overload]
+        nullable = name in NULLABLE or (table, name) in NULLABLE_IN
+        zero: Any = [] if isinstance(dtype, pl.List) else zeros.get(dtype, 0)  # type: ignore[call-overload]
+        default = None if nullable else zero
         columns[name] = pl.Series(name, [row.get(name, default) for row in rows], dtype=dtype)
     return pl.DataFrame(columns)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from scope_ebpf import open_recording
 from scope_ebpf.recording.reader import Recording
+from scope_ebpf.records import ContextKind
 from scope_ebpf.syscalls import syscall_names
 from tests.pure.recordings import ENDED_NS, at, make_recording
 
@@ -38,6 +39,7 @@ class Story:
 
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     links: int = 0
+    told: list[dict[str, Any]] = field(default_factory=list)
 
     def row(self, table: str, **columns: Any) -> None:
         """One row of a table."""
@@ -62,6 +64,24 @@ class Story:
         """A system call of 1 µs."""
         self.row("syscalls", start_ns=at(time_ns), duration_ns=US, tgid=tgid, tid=tid or tgid,
                  number=NUMBERS[name], **more)  # fmt: skip
+        self.told.append({"start_ns": at(time_ns), "tgid": tgid, "tid": tid or tgid, "context": 0})
+
+    def context(
+        self, tgid: int, context: int, time_ns: int, *, parent: int = 0, tid: int | None = None,
+        kind: ContextKind = ContextKind.CONTEXT_COPIED,
+    ) -> int:  # fmt: skip
+        """A logical context is made, or met; returns it."""
+        self.row("contexts", time_ns=at(time_ns), tgid=tgid, tid=tid or tgid, context=context,
+                 parent=parent, kind=int(kind))  # fmt: skip
+        return context
+
+    def hand(
+        self, tgid: int, item: int, time_ns: int, *, put: bool, tid: int | None = None,
+        context: int = 0,
+    ) -> None:  # fmt: skip
+        """A thread puts a work item into a queue, or gets it."""
+        self.row("handoffs", time_ns=at(time_ns), tgid=tgid, tid=tid or tgid, context=context,
+                 put=put, item=item)  # fmt: skip
 
     def link(
         self, client: int, server: int, port: int, *, client_tid: int = 0, server_tid: int = 0
@@ -83,10 +103,12 @@ class Story:
 
     def message(
         self, link: Link, *, by_client: bool, receive: bool, time_ns: int, data: bytes,
-        end: int, wait_ns: int = 0, tid: int | None = None, turn: bool = True,
+        end: int, wait_ns: int = 0, tid: int | None = None, turn: bool = True, context: int = 0,
     ) -> None:  # fmt: skip
         """One message as one end saw it; a receive has waited `wait_ns` before `time_ns`."""
         tgid = link.client if by_client else link.server
+        self.told.append({"start_ns": at(time_ns - wait_ns), "tgid": tgid,
+                              "tid": tid or link.tids[by_client], "context": context})  # fmt: skip
         self.row(
             "messages", start_ns=at(time_ns - wait_ns), duration_ns=wait_ns, tgid=tgid,
             tid=tid or link.tids[by_client], number=NUMBERS["recvfrom" if receive else "sendto"],
@@ -98,24 +120,32 @@ class Story:
     def say(
         self, link: Link, data: bytes, time_ns: int, *, by_client: bool, delay_ns: int = 5 * US,
         wait_ns: int = 0, tid: int | None = None, sender_only: bool = False, turn: bool = True,
-        other_tid: int | None = None,
+        other_tid: int | None = None, context: int = 0, other_context: int = 0,
     ) -> None:  # fmt: skip
-        """One end sends, the other one has it a little later."""
+        """One end sends, the other one has it a little later; each in a logical context."""
         link.positions[by_client] += len(data)
         end = link.positions[by_client]
         self.message(link, by_client=by_client, receive=False, time_ns=time_ns, data=data, end=end,
-                     tid=tid, turn=turn)  # fmt: skip
+                     tid=tid, turn=turn, context=context)  # fmt: skip
         if not sender_only:
             self.message(link, by_client=not by_client, receive=True, time_ns=time_ns + delay_ns,
-                         data=data, end=end, wait_ns=wait_ns, tid=other_tid, turn=turn)  # fmt: skip
+                         data=data, end=end, wait_ns=wait_ns, tid=other_tid, turn=turn,
+                         context=other_context)  # fmt: skip
 
     def ask(
         self, link: Link, request: bytes, response: bytes, time_ns: int, took_ns: int,
-        *, tid: int | None = None, server_tid: int | None = None,
+        *, tid: int | None = None, server_tid: int | None = None, context: int = 0,
+        read_in: int | None = None,
     ) -> None:  # fmt: skip
-        """A request and its response: it is sent at `time_ns`, answered after `took_ns`."""
-        self.say(link, request, time_ns, by_client=True, tid=tid, other_tid=server_tid)
-        self.say(link, response, time_ns + took_ns, by_client=False, tid=server_tid, other_tid=tid)
+        """A request and its response: it is sent at `time_ns`, answered after `took_ns`.
+
+        The client asks in `context`, and receives in `read_in`, or the same.
+        """
+        self.say(
+            link, request, time_ns, by_client=True, tid=tid, other_tid=server_tid, context=context
+        )
+        self.say(link, response, time_ns + took_ns, by_client=False, tid=server_tid, other_tid=tid,
+                 other_context=context if read_in is None else read_in)  # fmt: skip
 
     def close(self, link: Link, time_ns: int, *, by_client: bool) -> None:
         """The other end reads the end of the stream."""
@@ -125,7 +155,10 @@ class Story:
         )
 
     def record(self, path: Path, **changes: Any) -> Recording:
-        """The recording."""
+        """The recording; it tells contexts if any call was in one."""
+        if any(call["context"] for call in self.told):
+            # the kernel tells changes only, which is the same
+            self.rows["flows"] = sorted(self.told, key=lambda call: call["start_ns"])
         changes = {"families": ["processes", "syscalls", "messages", "offcpu"], **changes}
         return open_recording(make_recording(path, self.rows, per_segment=1000, **changes))
 

@@ -59,14 +59,15 @@ def test_stored_columns_are_read_as_they_are(path, table):
     stored = frame(table, ROWS[table])
     read = open_recording(path).table(table).collect()
     same = [name for name in stored.columns if read.schema.get(name) == stored.schema[name]]
-    assert set(stored.columns) - set(same) <= {"event", "status", "state", "receive"}
+    readable = {"event", "status", "state", "receive", "reason", "kind"}
+    assert set(stored.columns) - set(same) <= readable
     assert read.select(same).equals(stored.select(same))
 
 
 @pytest.mark.parametrize("table", SCHEMAS)
 def test_every_column_is_documented(path, table):
     documentation = getattr(Recording, table).__doc__
-    if table in {"messages", "connects", "tls", "offcpu"}:  # they refer to it
+    if table in {"messages", "connects", "tls", "offcpu", "gil"}:  # they refer to it
         documentation += Recording.syscalls.__doc__ or ""
     documented = set(re.findall(r"`(\w+)`", documentation))
     assert set(open_recording(path).table(table).collect_schema()) <= documented

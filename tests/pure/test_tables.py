@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scope_ebpf import records
 from scope_ebpf.loaders.capture import hot_dtype, wide_dtype
 from scope_ebpf.recording.connections import address_text, connections_frame, unix_path
+from scope_ebpf.recording.python_tables import Descriptions
 from scope_ebpf.recording.schema import SCHEMAS
 from scope_ebpf.recording.tables import (
     Payloads,
@@ -83,6 +84,10 @@ def no_path(identity):
     return None
 
 
+def no_name(tgid, address):
+    return None
+
+
 def rows_of(frames, table):
     """The rows as dicts; their columns are the table's, whatever came."""
     assert frames[table].schema == SCHEMAS[table]
@@ -90,7 +95,7 @@ def rows_of(frames, table):
 
 
 def hot(*runs, payloads=None):
-    return hot_frames(runs, payloads or Payloads())
+    return hot_frames(runs, payloads or Payloads(), no_name)
 
 
 def test_calls():
@@ -223,7 +228,7 @@ def payloads_of(frames):
 
 def give(payloads, *runs):
     """What Store does first with a batch: the wide slots."""
-    return wide_frames(runs, payloads, no_path)
+    return wide_frames(runs, payloads, Descriptions(), no_path)
 
 
 @given(st.lists(st.binary(max_size=512), min_size=1, max_size=20), st.integers(0, 2**40))
@@ -321,7 +326,7 @@ def test_processes():
         cgroup=99, start_boottime_ns=5, comm=b"python3\0stale", command_line=arguments,
         command_line_bytes=len(arguments), command_line_total_bytes=5000,
     )  # fmt: skip
-    frames = wide_frames([(0, 0, wide(record))], Payloads(), {99: "/a"}.get)
+    frames = wide_frames([(0, 0, wide(record))], Payloads(), Descriptions(), {99: "/a"}.get)
     assert frames.keys() == {"processes"}
     assert rows_of(frames, "processes") == [
         {
@@ -371,12 +376,12 @@ def test_any_process_record_is_a_row(data):
     record["kind"] = RecordKind.RECORD_PROCESS
     record["time_ns"] %= 2**63
     record["start_boottime_ns"] %= 2**63
-    frames = wide_frames([(0, 0, wide(record))], Payloads(), no_path)
+    frames = wide_frames([(0, 0, wide(record))], Payloads(), Descriptions(), no_path)
     assert len(rows_of(frames, "processes")) == 1
 
 
 def test_rows_are_sorted_and_nothing_is_nothing():
-    assert wide_frames([], Payloads(), no_path) == {}
+    assert wide_frames([], Payloads(), Descriptions(), no_path) == {}
     rows = [process_row(process(time_ns=time)[0], no_path) for time in (3, 1, 2)]
     assert rows_frame("processes", rows)["time_ns"].to_list() == [1, 2, 3]
 
@@ -574,7 +579,7 @@ def test_any_connection_record_is_a_row(data):
     record["kind"] = RecordKind.RECORD_CONNECTION
     record["time_ns"] %= 2**63
     slots = np.concatenate([wide(record[place : place + 1]) for place in range(len(record))])
-    frames = wide_frames([(0, 0, slots)], Payloads(), no_path)
+    frames = wide_frames([(0, 0, slots)], Payloads(), Descriptions(), no_path)
     assert len(rows_of(frames, "connections")) == len(data)
 
 
@@ -589,7 +594,7 @@ def test_plain_text_and_messages_get_their_own_payloads():
     flags = RecordFlags.FLAG_TURN | RecordFlags.FLAG_PAYLOAD
     payloads = Payloads()
     heads = np.concatenate([payload(0, b"GET"), payload(1, b"\x17\x03"), payload(3, b"200")])
-    assert wide_frames([(2, 0, heads)], payloads, no_path) == {}
+    assert wide_frames([(2, 0, heads)], payloads, Descriptions(), no_path) == {}
     slots = np.concatenate(
         [
             tls(10, tgid=7, tid=8, ssl=2**47, duration_ns=3, length_bytes=5,
@@ -628,7 +633,7 @@ def connect(remote_family=0, address=b"", *, path=b"", **values):
 
 def connects(*rows, cpu=0):
     runs = [(cpu, 0, np.concatenate([wide(row) for row in rows]))]
-    return rows_of(wide_frames(runs, Payloads(), no_path), "connects")
+    return rows_of(wide_frames(runs, Payloads(), Descriptions(), no_path), "connects")
 
 
 def test_a_refused_connect():
@@ -669,5 +674,5 @@ def test_where_a_connect_went(record, kind, place):
 
 def test_connects_of_all_cpus_are_in_order():
     runs = [(cpu, 0, wide(connect(start_ns=9 - cpu))) for cpu in range(3)]
-    frames = wide_frames(runs, Payloads(), no_path)
+    frames = wide_frames(runs, Payloads(), Descriptions(), no_path)
     assert frames["connects"]["cpu"].to_list() == [2, 1, 0]

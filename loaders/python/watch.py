@@ -1,0 +1,194 @@
+"""The part of a capture that follows CPython: probes in its files, and what the probes need to know of it.
+
+Probes are attached once, when the recording begins, to the files of interpreters that the targets have
+mapped or may start: later the privileges for that are gone. What a process's interpreter looks like is read
+from its memory whenever one is met: at the beginning, and when a process executes another program. A fork
+has its parent's, which the kernel side knows by itself.
+"""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scope_ebpf import records
+from scope_ebpf.errors import FormatError, LoadError, ScopeError
+from scope_ebpf.loaders.libbpf import BpfObject
+from scope_ebpf.loaders.python.files import probed_files
+from scope_ebpf.loaders.python.interpreters import (
+    Interpreter,
+    NotReady,
+    Unsupported,
+    find_interpreter,
+)
+from scope_ebpf.loaders.python.sites import PythonSite, file_sites
+from scope_ebpf.loaders.ring import array_in
+from scope_ebpf.records import InterpreterFlags, PythonLimits
+
+FAMILIES = ("samples", "contexts", "gil")
+UPROBES = (
+    "on_context_copied",
+    "on_context_made",
+    "on_put",
+    "on_put_array",
+    "on_got",
+    "on_code_freed",
+)
+# What events of sites are for, and by which family they are wanted.
+PROGRAM_OF = {
+    "context_copied": ("contexts", "on_context_copied"),
+    "context_made": ("contexts", "on_context_made"),
+    "queue_put": ("contexts", "on_put"),
+    "queue_got": ("contexts", "on_got"),
+    "code_freed": ("samples", "on_code_freed"),
+}
+# At the beginning and in each round of draining no more time than this goes into looking at processes.
+FIRST_SECONDS = 0.2
+ROUND_SECONDS = 0.02
+# An interpreter that is just starting is looked at again after this, and given up after that.
+AGAIN_SECONDS = 0.02
+PATIENCE_SECONDS = 30.0
+
+
+def program_for(site: PythonSite) -> str | None:
+    """The program for a site; None: there is none for where the object is."""
+    family_and_program = PROGRAM_OF.get(site.event)
+    if family_and_program is None:
+        return None
+    program = family_and_program[1]
+    if program == "on_put":
+        if site.argument != 1:
+            return None
+        return "on_put_array" if site.indirect else "on_put"
+    return program
+
+
+class PythonWatch:
+    """The interpreters among what is recorded."""
+
+    def __init__(self, opened: BpfObject, families: Iterable[str]) -> None:
+        """Map what user space and the probes share; the object is loaded."""
+        self._object = opened
+        self._families = frozenset(families)
+        size = records.INTERPRETER.itemsize
+        stride = -(-size // 8) * 8  # an array's elements begin at multiples of 8 bytes
+        count = int(PythonLimits.INTERPRETERS)
+        memory = opened.map_memory("interpreters", count * stride, writable=True)
+        self._interpreters = array_in(memory, records.INTERPRETER, count)
+        variables = opened.variables(".bss")
+        length = max(sum(place) for place in variables.values())
+        memory = opened.map_memory(".bss", length, writable=True)
+        self._wanted = np.frombuffer(memory, "<u4", 1, variables["python_wanted"][0])
+        self._changes = np.frombuffer(memory, "<u4", 1, variables["interpreter_changes"][0])
+        self._used = 0
+        # when to look at a process, and until when it may still be starting
+        self._due: dict[int, tuple[float, float]] = {}
+
+    def attach(self, tgids: Iterable[int], commands: Iterable[Path]) -> list[str]:
+        """Attach probes to the interpreters that these processes use or may use.
+
+        Returns sentences about what could not be attached.
+        """
+        notes = []
+        for path in probed_files(tgids, commands):
+            try:
+                sites = file_sites(path)
+            except FormatError:
+                continue
+            try:
+                for site in sites:
+                    program = program_for(site)
+                    if program is not None and PROGRAM_OF[site.event][0] in self._families:
+                        self._object.attach_uprobe(
+                            program, site.path, site.offset, at_return=site.at_return
+                        )
+            except LoadError as error:
+                notes.append(f"contexts and work items of {path} are not told apart: {error}")
+        self._wanted[0] = 1
+        return notes
+
+    def expect(self, tgids: Iterable[int]) -> None:
+        """Look at these processes when there is time."""
+        now = time.monotonic()
+        self._due.update(dict.fromkeys(tgids, (now, now + PATIENCE_SECONDS)))
+
+    def look(self, seconds: float = ROUND_SECONDS) -> list[dict[str, Any]]:
+        """Look at what is due, for about that long; returns rows of `interpreters`.
+
+        Who changed `interpreters_changed` has to have the running threads looked up again.
+        """
+        rows: list[dict[str, Any]] = []
+        if not self._due:
+            return rows
+        now = time.monotonic()
+        until = now + seconds
+        for tgid, (due, patience) in list(self._due.items()):
+            if due > now:
+                continue
+            if time.monotonic() > until:
+                break
+            del self._due[tgid]
+            try:
+                found = find_interpreter(tgid)
+            except ScopeError:  # it is gone, or may not be looked at
+                continue
+            if isinstance(found, NotReady):
+                if now < patience:
+                    self._due[tgid] = (now + AGAIN_SECONDS, patience)
+            elif isinstance(found, Unsupported):
+                rows.append(row(tgid, reason=found.reason))
+            elif found is not None:
+                rows.append(self._take_up(found))
+        return rows
+
+    def _take_up(self, found: Interpreter) -> dict[str, Any]:
+        version, flags = ".".join(map(str, found.version)), int(found.record["flags"])
+        if self._used + 1 >= PythonLimits.INTERPRETERS:
+            reason = f"more than {PythonLimits.INTERPRETERS - 1} interpreters were started"
+            return row(found.tgid, version=version, path=found.path, reason=reason)
+        self._used += 1
+        self._interpreters[self._used] = found.record
+        self._object.update("pythons", found.tgid, self._used)
+        self._changes[0] += 1
+        return row(
+            found.tgid,
+            version=version,
+            path=found.path,
+            stacks=bool(flags & InterpreterFlags.INTERPRETER_STACKS),
+            contexts=True,
+            greenlets=bool(flags & InterpreterFlags.INTERPRETER_GREENLETS),
+            gil=bool(flags & InterpreterFlags.INTERPRETER_GIL),
+        )
+
+    @property
+    def changes(self) -> int:
+        """Counts up whenever an interpreter was taken up."""
+        return self._used
+
+    def stop(self) -> None:
+        """Let the probes do nothing from now on."""
+        self._wanted[0] = 0
+
+
+def row(tgid: int, **known: Any) -> dict[str, Any]:
+    """A row of `interpreters`, of which nothing else is known."""
+    nothing = {
+        "version": None,
+        "path": None,
+        **dict.fromkeys(("stacks", "contexts", "greenlets", "gil"), False),
+        "reason": None,
+    }
+    return {"time_ns": time.monotonic_ns(), "tgid": tgid, **nothing, **known}
+
+
+def executed(wide: NDArray[np.void]) -> list[int]:
+    """The processes that executed a program, among a CPU's wide slots."""
+    chosen = wide[wide["kind"] == records.RecordKind.RECORD_PROCESS]
+    if not len(chosen):
+        return []
+    raw = chosen.view(np.uint8).reshape(len(chosen), chosen.dtype.itemsize)
+    rows = np.ascontiguousarray(raw[:, : records.PROCESS.itemsize]).view(records.PROCESS)[:, 0]
+    return [int(tgid) for tgid in rows["tgid"][rows["event"] == records.ProcessEvent.PROCESS_EXEC]]
