@@ -9,7 +9,7 @@ import platform
 import resource
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scope_ebpf.errors import FormatError, ScopeError
@@ -22,7 +22,10 @@ from scope_ebpf.loaders.capture import (
     check_layout,
 )
 from scope_ebpf.loaders.libbpf import BpfObject, library
-from scope_ebpf.loaders.targets import INITIAL_PID_NAMESPACE
+from scope_ebpf.loaders.python.checks import InterpreterReport, report_file, report_process
+from scope_ebpf.loaders.python.files import interpreters_in_path
+from scope_ebpf.loaders.python.interpreters import NotReady, Unsupported
+from scope_ebpf.loaders.targets import INITIAL_PID_NAMESPACE, find_target
 from scope_ebpf.loaders.trial import TIMES, record_workload
 
 # include/linux/proc_ns.h: the inodes of the namespaces that the kernel boots with.
@@ -58,10 +61,21 @@ class Check:
     family: bool = False
 
 
-def examine() -> list[Check]:
+@dataclass(frozen=True)
+class InterpreterCheck(Check):
+    """What can be recorded of one CPython; `works` only tells of a process that the user named."""
+
+
+def examine(*tgids: int) -> list[Check]:
     """Check everything, in an order in which each check may explain the next one. Takes a second.
 
     Never raises for what it examines, and needs no privileges to tell which are missing.
+
+    Args:
+        tgids: processes whose interpreters are looked at, too, beside those in PATH.
+
+    Raises:
+        TargetError: one of these is no process that can be traced.
     """
     checks = [
         check_libbpf(),
@@ -81,6 +95,8 @@ def examine() -> list[Check]:
         tell_settings(),
         tell_statistics(),
     ]
+    checks += [check_interpreter_of(tgid) for tgid in tgids]
+    checks += [tell_interpreter(path) for path in interpreters_in_path()]
     return checks
 
 
@@ -258,6 +274,54 @@ def check_family(family: str, obstacle: Check | None = None) -> Check:
         "report it as a bug, with the output of `scope-ebpf doctor --json`",
         family=True,
     )
+
+
+# ---- interpreters ----
+
+
+def check_interpreter_of(tgid: int) -> InterpreterCheck:
+    """What can be recorded of the CPython in a process.
+
+    Raises:
+        TargetError: there is no such process, or it cannot be traced.
+    """
+    name = f"process {tgid}"
+    target = find_target(tgid)
+    try:
+        report = report_process(tgid)
+    except ScopeError as error:
+        check = failed(name, error)
+        return InterpreterCheck(name, False, check.detail, check.cause, check.fix)
+    if isinstance(report, InterpreterReport):
+        check = _told(report, works=True)
+        return replace(check, detail=f"{report.name.partition(': ')[2]}, {check.detail}", name=name)
+    if isinstance(report, Unsupported):
+        fix = "record its processes, syscalls and messages: these need to know nothing of it"
+        return InterpreterCheck(name, False, "not to be looked into", report.reason, fix)
+    if isinstance(report, NotReady):
+        return InterpreterCheck(name, None, "its Python is still starting", "", "ask again")
+    return InterpreterCheck(name, None, f"{target.comm} has no CPython in it")
+
+
+def tell_interpreter(path: Path) -> InterpreterCheck:
+    """What can be recorded of processes with an interpreter that is in PATH."""
+    try:
+        return _told(report_file(path), works=None)
+    except ScopeError as error:
+        check = failed(path.name, error)
+        return InterpreterCheck(path.name, None, check.detail, check.cause, check.fix)
+
+
+def _told(report: InterpreterReport, *, works: bool | None) -> InterpreterCheck:
+    facts = [report.path]
+    if report.recorded:
+        facts.append(f"records {listed(report.recorded)}")
+    if report.usdt:
+        facts.append(f"has static probes for {listed(report.usdt)}")
+    notes = [f"not recorded: {clause}" for clause in report.missing]
+    if report.slow:
+        notes.append(f"probes that cost 10 us per call: {listed(report.slow)}")
+    return InterpreterCheck(report.name, works, "; ".join(facts), "; ".join(notes))
 
 
 # ---- for information ----

@@ -70,8 +70,9 @@ unpack() {
     apt-get "${options[@]}" update >"$log" 2>&1 || return 1
     apt-get "${options[@]}" install --yes --no-install-recommends --download-only \
         "${packages[@]}" </dev/null >"$log" 2>&1 || return 1
-    # What base-files would bring: everything is under /usr.
+    # What base-files and netbase would bring: everything is under /usr, and localhost is known.
     mkdir -p "$root"/{usr/{bin,sbin,lib,lib64},dev,proc,tmp,etc}
+    echo "127.0.0.1 localhost" >"$root/etc/hosts"
     for package in bin sbin lib lib64; do ln -s "usr/$package" "$root/$package"; done
     for package in "$work"/cache/archives/*.deb; do
         dpkg --extract "$package" "$root" || return 1

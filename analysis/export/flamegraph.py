@@ -19,12 +19,14 @@ from scope_ebpf.analysis.profile import KINDS, Frame, Kind, Node, Profile, tree
 WIDTH: Final = 1200
 MARGIN: Final = 10
 ROW: Final = 18
-TOP: Final = 78
+LEGEND: Final = 49
+LEGEND_ROW: Final = 17
 BOTTOM: Final = 26
 PAD: Final = 3
-CHAR: Final = 6.7  # of a monospaced font of 11 px, rounded up
-# What is thinner than this share cannot be seen, and hundreds of thousands of it stop a browser.
+CHAR: Final = 7  # of a monospaced font of 11 px, in whole pixels as some draw it
+# What is thinner than this share cannot be seen, and more boxes than this stop a browser.
 THINNEST: Final = 1 / 10_000
+MOST: Final = 20_000
 _MOST_LINES: Final = 4
 
 # Hue, saturation, lightness. Warm: code, cold: waiting, without a colour: neither.
@@ -50,22 +52,24 @@ def flamegraph_svg(profile: Profile) -> Iterator[str]:
     """The picture, in parts."""
     root = tree(profile)
     _, frames = profile.shown_frames()
+    weights = _weights(root)
     least_ns = root.weight_ns * THINNEST
+    if len(weights) > MOST:
+        least_ns = max(least_ns, weights[MOST] + 1)
     rows = [*_places(root, least_ns)]
-    height = TOP + ROW * (max((depth for _, _, depth in rows), default=0) + 1) + BOTTOM
-    yield from _beginning(profile, root, height)
-    drawn: set[Kind] = set()
-    for node, start_ns, depth in rows:
-        frame = frames[node.frame]
-        drawn.add(frame.kind)
-        yield _box(frame, node, start_ns, depth, root.weight_ns)
-    yield from _legend([kind for kind in KINDS if kind in drawn])
-    hidden = _count(root) - len(rows)
-    if hidden:
-        yield (
-            f'<text x="{MARGIN}" y="{height - 8}" class="quiet">{hidden:,} frames with less than '
-            f"{100 * THINNEST:g} % of the time are not drawn</text>\n"
+    drawn = {frames[node.frame].kind for node, _, _ in rows}
+    legend, top = _legend([kind for kind in KINDS if kind in drawn])
+    height = top + ROW * (max((depth for _, _, depth in rows), default=0) + 1) + BOTTOM
+    left_out = ""
+    if len(weights) > len(rows):
+        share = 100 * least_ns / max(root.weight_ns, 1)
+        left_out = (
+            f"{len(weights) - len(rows):,} frames with less than {share:.2g} % of it are not drawn"
         )
+    yield _beginning(profile, root, height, left_out)
+    yield legend
+    for node, start_ns, depth in rows:
+        yield _box(frames[node.frame], node, start_ns, depth, top, root.weight_ns)
     yield f"<script><![CDATA[{SCRIPT}]]></script>\n</svg>\n"
 
 
@@ -83,50 +87,59 @@ def _places(root: Node, least_ns: float) -> Iterator[tuple[Node, int, int]]:
             at += child.weight_ns
 
 
-def _count(root: Node) -> int:
-    """How many nodes there are, drawn or not."""
-    count, waiting = 0, [root]
+def _weights(root: Node) -> list[int]:
+    """Of all nodes, the heaviest first."""
+    weights: list[int] = []
+    waiting = [root]
     while waiting:
         node = waiting.pop()
-        count += len(node.children)
+        weights += [child.weight_ns for child in node.children.values()]
         waiting += node.children.values()
-    return count
+    return sorted(weights, reverse=True)
 
 
-def _beginning(profile: Profile, root: Node, height: int) -> Iterator[str]:
+def _beginning(profile: Profile, root: Node, height: int, left_out: str) -> str:
     what = f"{duration(root.weight_ns)}, {root.samples:,} samples or intervals"
-    yield (
+    if left_out:
+        what += f"; {left_out}"
+    return (
         '<?xml version="1.0" encoding="UTF-8"?>\n'
         f'<svg id="scope-flame" xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
         f'viewBox="0 0 {WIDTH} {height}" data-total="{root.weight_ns}" data-margin="{MARGIN}" '
         f'data-char="{CHAR}" data-pad="{PAD}">\n'
         f"<style>{STYLE}</style>\n"
         f'<rect id="paper" width="{WIDTH}" height="{height}" fill="#ffffff"/>\n'
-        f'<text id="heading" x="{MARGIN}" y="22">{escape(shown(profile.title))}</text>\n'
-        f'<text x="{MARGIN}" y="38" class="quiet">{escape(what)}</text>\n'
-        f'<text id="search" class="button" x="{WIDTH - 320}" y="22">Search (/)</text>\n'
-        f'<text id="reset" class="button" x="{WIDTH - 230}" y="22">Show all (Esc)</text>\n'
-        f'<text id="matched" x="{WIDTH - 110}" y="22"></text>\n'
+        f'<text id="heading" x="{MARGIN}" y="22">{escape(fitting(shown(profile.title), 1050))}</text>\n'
+        f'<text x="{MARGIN}" y="40" class="quiet">{escape(what)}</text>\n'
+        f'<text id="search" class="button" x="{WIDTH - 320}" y="40">Search (/)</text>\n'
+        f'<text id="reset" class="button" x="{WIDTH - 230}" y="40">Show all (Esc)</text>\n'
+        f'<text id="matched" x="{WIDTH - 115}" y="40"></text>\n'
         f'<text id="details" x="{MARGIN}" y="{height - 8}"></text>\n'
     )
 
 
-def _legend(kinds: list[Kind]) -> Iterator[str]:
-    x = float(MARGIN)
+def _legend(kinds: list[Kind]) -> tuple[str, int]:
+    """What the colours mean, in as many rows as that needs, and where the frames begin."""
+    parts = []
+    x, y = float(MARGIN), LEGEND
     for kind in kinds:
-        yield (
-            f'<rect x="{x:g}" y="49" width="11" height="11" fill="{_colour(kind)}"/>'
-            f'<text x="{x + 15:g}" y="59" class="quiet">{escape(KINDS[kind])}</text>\n'
+        size = 15 + CHAR * len(KINDS[kind])
+        if x + size > WIDTH - MARGIN:
+            x, y = float(MARGIN), y + LEGEND_ROW
+        parts.append(
+            f'<rect x="{x:g}" y="{y}" width="11" height="11" fill="{_colour(kind)}"/>'
+            f'<text x="{x + 15:g}" y="{y + 10}" class="quiet">{escape(KINDS[kind])}</text>\n'
         )
-        x += 15 + CHAR * len(KINDS[kind]) + 14
+        x += size + 16
+    return "".join(parts), y + LEGEND_ROW + 10
 
 
-def _box(frame: Frame, node: Node, start_ns: int, depth: int, total_ns: int) -> str:
+def _box(frame: Frame, node: Node, start_ns: int, depth: int, top: int, total_ns: int) -> str:
     room = WIDTH - 2 * MARGIN
     # Edges are rounded, not widths: so a frame never reaches out of the one that it is in.
     left = round(start_ns * room / total_ns, 2)
     right = round((start_ns + node.weight_ns) * room / total_ns, 2)
-    x, y, width = MARGIN + left, TOP + depth * ROW, right - left
+    x, y, width = MARGIN + left, top + depth * ROW, right - left
     label = shown(frame.label())
     return (
         f'<g class="f" data-s="{start_ns}" data-w="{node.weight_ns}" data-d="{depth}">'

@@ -26,6 +26,11 @@ DT_GNU_HASH: Final = 0x6FFFFEF5
 SHT_SYMTAB: Final = 2
 SYMBOL: Final = struct.Struct("<IBBHQQ")
 FINAL_RELEASE, CANDIDATE = 0xF, 0xC  # sys.hexversion >> 4 & 15
+# How a function of a shared library ends that returns a thread-local variable: it adds the variable's
+# place to what __tls_get_addr() gave it. mov disp8(%rax), %rax; disp32; none
+VARIABLE: Final = re.compile(
+    rb"\x48\x8b(?:\x40(.)|\x80(.{4})|\x00)(?:\x5d|\x48\x83\xc4.)?\xc3", re.S
+)
 # PY_VERSION, as Py_GetVersion() prints it; linkers let it be the end of another string, such as a path
 NUMBER_BEFORE: Final = frozenset(bytes([byte]) for byte in b"0123456789._")  # GLIBC_2.7.5, 13.8.0
 VERSION_TEXT: Final = re.compile(rb"(2\.7|3\.\d{1,2})\.(\d{1,3})(?:(a|b|rc)\d+)?\+?\0")
@@ -214,6 +219,8 @@ class PythonBinary:
         dict_type: the address of PyDict_Type; None: it is not exported.
         gilstate: the first bytes of PyGILState_GetThisThreadState.
         gilstate_address: their address; None: it is not exported.
+        gilstate_distance: of the thread-local variable that it returns, from the one with the thread state
+            that runs; None: not known.
     """
 
     version: Version | None
@@ -226,6 +233,7 @@ class PythonBinary:
     dict_type: int | None = None
     gilstate: bytes = b""
     gilstate_address: int | None = None
+    gilstate_distance: int | None = None
 
     def bias(self, start: int, offset: int) -> int:
         """What to add to an address in the file, where a mapping at `start` has its `offset`."""
@@ -295,7 +303,21 @@ def _read_binary(file: ElfFile, path: Path) -> PythonBinary | OtherBinary:
         dict_type=file.symbol(b"PyDict_Type"),
         gilstate=b"" if gilstate is None else file.read(gilstate, 32),
         gilstate_address=gilstate,
+        gilstate_distance=_distance(file),
     )
+
+
+def _distance(file: ElfFile) -> int | None:
+    """Bytes from the variable with the running thread state to that of PyGILState, where both are alike."""
+    places = []
+    for name in (b"PyThreadState_GetUnchecked", b"PyGILState_GetThisThreadState"):
+        address = file.symbol(name)
+        code = b"" if address is None else file.read(address, 48)
+        found = VARIABLE.search(code)
+        if found is None or b"\xe8" not in code[: found.start()]:  # it calls nothing
+            return None
+        places.append(int.from_bytes(found[1] or found[2] or b"\0", "little", signed=True))
+    return places[1] - places[0]
 
 
 def _version(file: ElfFile, runtime: int | None, path: Path) -> tuple[Version | None, int]:

@@ -41,6 +41,12 @@ def interpreter_files(tgids: Iterable[int], commands: Iterable[Path] = ()) -> li
     return _once(path for path in _candidates(tgids, commands) if is_interpreter(path))
 
 
+def interpreters_in_path() -> list[Path]:
+    """Files with the CPythons that commands in our own PATH are, each once."""
+    search = os.environ.get("PATH", DEFAULT_PATH)
+    return _once(path for path in _programs(Path("/"), [], search) if is_interpreter(path))
+
+
 def probed_files(tgids: Iterable[int], commands: Iterable[Path] = ()) -> list[Path]:
     """interpreter_files() and the extension modules with places for probes, each once."""
     tgids, interpreters = list(tgids), interpreter_files(tgids, commands)

@@ -11,9 +11,11 @@ used, since it would show wrong stacks.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -140,8 +142,6 @@ def find_interpreter(tgid: int) -> Interpreter | NotReady | Unsupported | None:
     """
     try:
         maps = read_maps(tgid)
-        if not maps:  # a kernel thread, or a zombie
-            return None
         found, waits = _find_binary(tgid, maps)
         if found is None:
             if re.search(r"/libpypy[^/\n]*$", maps, re.M):
@@ -185,34 +185,47 @@ def threads(interpreter: Interpreter) -> list[Thread]:
 def _find_binary(tgid: int, maps: str) -> tuple[tuple[Mapping, PythonBinary] | None, bool]:
     """The first mapping of the file with the interpreter, and whether one is going to be mapped."""
     waits = False
-    seen = set()
-    lines = [found[0] for found in LIBRARY.finditer(maps)]
+    candidates = [found[0] for found in LIBRARY.finditer(maps)] if "/libpy" in maps else []
+    link = PROC / str(tgid) / "exe"
     try:
-        program = os.readlink(PROC / str(tgid) / "exe")
-    except OSError:
-        program = ""
-    end = maps.find(f" {program}\n") if program else -1
+        program = os.readlink(link)
+    except OSError:  # a kernel thread, or it has ended
+        return None, False
+    end = maps.find(f" {program}\n")
     if end >= 0:
-        lines.append(maps[maps.rfind("\n", 0, end) + 1 : maps.index("\n", end)])
-    for line in lines:
+        candidates.append(maps[maps.rfind("\n", 0, end) + 1 : maps.index("\n", end)])
+    else:  # it is just being executed: what is mapped is not its own yet
+        try:
+            inode = link.stat().st_ino
+        except OSError:
+            return None, False
+        binary = _binary(("", inode, program), lambda: link)
+        return None, isinstance(binary, PythonBinary) or binary.needs_python
+    seen = set()
+    for line in candidates:
         mapping = Mapping.of_line(line)
         key = (mapping.device, mapping.inode, mapping.path)
-        if key in seen:
-            continue
-        seen.add(key)
-        binary = _binaries.get(key)
-        if binary is None:
-            if len(_binaries) >= REMEMBERED:
-                _binaries.clear()
-            try:
-                binary = read_binary(mapping.open_path(tgid))
-            except FormatError:
-                binary = OtherBinary(needs_python=False)
-            _binaries[key] = binary
-        if isinstance(binary, PythonBinary):
-            return (mapping, binary), False
-        waits = waits or binary.needs_python
+        if key not in seen:
+            seen.add(key)
+            binary = _binary(key, functools.partial(mapping.open_path, tgid))
+            if isinstance(binary, PythonBinary):
+                return (mapping, binary), False
+            waits = waits or binary.needs_python
     return None, waits
+
+
+def _binary(key: tuple[str, int, str], open_path: Callable[[], Path]) -> PythonBinary | OtherBinary:
+    """What a file is; one that cannot be read is none with a CPython."""
+    binary = _binaries.get(key)
+    if binary is None:
+        if len(_binaries) >= REMEMBERED:
+            _binaries.clear()
+        try:
+            binary = read_binary(open_path())
+        except FormatError:
+            binary = OtherBinary(needs_python=False)
+        _binaries[key] = binary
+    return binary
 
 
 def _layout(binary: PythonBinary) -> Layout | Unsupported:
@@ -372,8 +385,10 @@ class _Search:
         if common is not None and len(common) == 1:
             return common.pop()
         if layout.runtime_tss is None and common:
-            # also the variable with the thread state that holds the GIL has it: ask again
-            return NotReady()
+            # also the variable with the thread state that runs has it, but only while it runs
+            distance = self.binary.gilstate_distance
+            places = {place for place in common if distance and place - distance in common}
+            return places.pop() if len(places) == 1 else NotReady()
         return Unsupported("where its threads keep their thread state was not found")
 
     def _holds(self, thread: int, place: int, tstate: int) -> bool:
@@ -403,7 +418,8 @@ class _Search:
     def _contexts(self, states: list[State], main: int) -> tuple[Layout, bool]:
         """The layout with the place of contexts, and whether some are made in this process.
 
-        They are if a thread has one now, or if a module has been imported that makes them.
+        They are if a thread has one now, or if a module has been imported that makes them. From 3.14 on
+        threading runs every thread in a context of its own (Lib/threading.py), which does not count.
         """
         layout, kind = self.layout, self._at_bias(self.binary.context_type)
         blocks = []
@@ -415,20 +431,29 @@ class _Search:
                         self.memory.read(tstate, layout.tstate_bytes // 8 * 8),
                     )
                 )
-        used = [block[layout.tstate_context // 8] for block in blocks]
-        used = [context for context in used if context]
+        used = [context for block in blocks if (context := block[layout.tstate_context // 8])]
         if used and kind and not any(self._is(context, kind) for context in used):
             places = [
                 {8 * at for at, word in enumerate(block) if self._is(word, kind)}
                 for block in blocks
             ]
-            common = (
-                set.intersection(*(place for place in places if place)) if any(places) else set()
-            )
-            if len(common) == 1:
-                layout = replace(layout, tstate_context=common.pop())
-            else:  # what is there is no context
+            places = [place for place in places if place]
+            common = set.intersection(*places) if places else set()
+            if len(common) != 1:  # what is there is no context
                 return layout, False
+            layout = replace(layout, tstate_context=common.pop())
+            used = [context for block in blocks if (context := block[layout.tstate_context // 8])]
+        if layout.version >= (3, 14):
+            own = {
+                block[layout.tstate_context // 8]
+                for block in blocks
+                if block[layout.tstate_thread_id // 8] != self._main_thread(blocks)
+            }
+            used = [
+                context
+                for context in used
+                if context not in own or self._word(context + layout.context_previous)
+            ]
         if used:
             return layout, True
         modules = self.memory.u64(main + layout.interpreter_modules)
@@ -436,6 +461,19 @@ class _Search:
             return layout, bool(dict_values(self.memory, layout, modules, CONTEXT_USERS))
         except AddressError:
             return layout, True
+
+    def _main_thread(self, blocks: list[tuple[int, ...]]) -> int:
+        """thread_id of the process's first thread: its state was made first, and has the lowest id."""
+        layout = self.layout
+        first = min(blocks, key=lambda block: block[layout.tstate_id // 8])
+        return first[layout.tstate_thread_id // 8]
+
+    def _word(self, address: int) -> int:
+        """A word of the process, 0 if it is no more."""
+        try:
+            return self.memory.u64(address)
+        except AddressError:
+            return 0
 
     def _is(self, address: int, kind: int) -> bool:
         """Whether an object of a type is at an address."""

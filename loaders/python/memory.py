@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from scope_ebpf.errors import TargetError
 from scope_ebpf.loaders.targets import PROC
@@ -127,7 +128,7 @@ class ProcessMemory:
             data += self.read(address + here, limit - here)
         return data.partition(b"\0")[0]
 
-    def read_many(self, addresses: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
+    def read_many(self, addresses: npt.ArrayLike, size: int) -> np.ndarray[Any, Any]:
         """As many bytes at each of many addresses, as rows of an array of u1; one call reads 1024.
 
         Unlike what read() reads, they are those of the process that has the number now, and the privilege

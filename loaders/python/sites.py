@@ -16,8 +16,6 @@ from pathlib import Path
 from scope_ebpf.errors import FormatError
 from scope_ebpf.loaders.elf import SharedLibrary
 from scope_ebpf.loaders.elf_data import LinkedData
-from scope_ebpf.loaders.python.files import interpreter_files as interpreter_files
-from scope_ebpf.loaders.python.files import probed_files as probed_files
 from scope_ebpf.loaders.uprobe_sites import choose_site, direct_callees
 
 # Include/methodobject.h

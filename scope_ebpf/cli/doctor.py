@@ -8,31 +8,45 @@ from dataclasses import asdict
 
 import click
 
-from scope_ebpf.loaders.doctor import Check, examine, families
+from scope_ebpf.loaders.doctor import Check, InterpreterCheck, examine, families
 
 EXAMPLES = """\b
 Examples:
   sudo scope-ebpf doctor
   scope-ebpf doctor                    # without root: tells which capabilities are missing
+  sudo scope-ebpf doctor --pid 4711    # also what can be recorded of its Python
   sudo scope-ebpf doctor --json | jq .families.syscalls
 """
 MARKS = {True: ("works", "green"), False: ("FAILS", "red"), None: ("-", None)}
 
 
 @click.command(epilog=EXAMPLES)
+@click.option(
+    "--pid",
+    "tgids",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="PID",
+    help="Look at the Python of this process, too; may be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-def doctor(as_json: bool) -> None:
+def doctor(tgids: tuple[int, ...], as_json: bool) -> None:
     """Try what recording needs on this machine.
 
     Each family of probes is loaded, attached and tried on a small process of the doctor's own;
     nothing else is recorded, and nothing stays loaded. What fails is told with why and what to do.
+    Of the Pythons in PATH, and of those of chosen processes, it tells what can be recorded.
 
     The exit code is 0 if all families work, else 1.
     """
-    checks = examine()
+    checks = examine(*tgids)
     working = families(checks)
     if as_json:
-        document = {"families": working, "checks": [asdict(check) for check in checks]}
+        document = {
+            "families": working,
+            "checks": [asdict(check) for check in checks if not is_interpreter(check)],
+            "interpreters": [asdict(check) for check in checks if is_interpreter(check)],
+        }
         click.echo(json.dumps(document, indent=2))
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
@@ -42,10 +56,12 @@ def doctor(as_json: bool) -> None:
 
 def render(checks: list[Check], width: int) -> str:
     """The table: a line per check with its fact, and below it the cause and the fix."""
+    others = [check for check in checks if not is_interpreter(check)]
     sections = {
-        "Needed": [check for check in checks if not check.family and check.works is not None],
-        "Probes, tried just now": [check for check in checks if check.family],
-        "For information": [check for check in checks if check.works is None and not check.family],
+        "Needed": [check for check in others if not check.family and check.works is not None],
+        "Probes, tried just now": [check for check in others if check.family],
+        "Python": [check for check in checks if is_interpreter(check)],
+        "For information": [check for check in others if check.works is None and not check.family],
     }
     column = max((len(check.name) for check in checks), default=0)
     lines: list[str] = []
@@ -58,11 +74,20 @@ def render(checks: list[Check], width: int) -> str:
     return "\n".join([*lines, verdict(checks)])
 
 
+def is_interpreter(check: Check) -> bool:
+    """Whether it tells of a Python, and not of what every recording needs."""
+    return isinstance(check, InterpreterCheck)
+
+
 def verdict(checks: list[Check]) -> str:
     """One sentence that sums it up."""
     working = families(checks)
     broken = [name for name, works in working.items() if not works]
-    limits = [check.name for check in checks if check.works is False and not check.family]
+    limits = [
+        check.name
+        for check in checks
+        if check.works is False and not check.family and not is_interpreter(check)
+    ]
     if not broken and not limits:
         return "Everything works: record with `sudo scope-ebpf attach --pid PID`."
     if not broken:

@@ -27,6 +27,15 @@ TABLES = (
     "connects",
     "tls",
     "offcpu",
+    "interpreters",
+    "samples",
+    "stacks",
+    "codes",
+    "contexts",
+    "flows",
+    "handoffs",
+    "gil",
+    "hits",
     "losses",
 )
 EXAMPLES = """\b
@@ -51,14 +60,24 @@ SHOWN = {
     "result error",
     "tls": "start_ns duration_ns tgid tid direction length_bytes payload",
     "offcpu": "start_ns waiting_ns runnable_ns tgid tid state name waker_tid waker_name",
+    "interpreters": "time_ns tgid version stacks contexts greenlets gil path reason",
+    "samples": "time_ns duration_ns tgid tid context reason stack native",
+    "stacks": "time_ns tgid stack truncated codes",
+    "codes": "time_ns tgid code version first_line name file",
+    "contexts": "time_ns tgid tid context parent kind",
+    "flows": "start_ns tgid tid context",
+    "handoffs": "time_ns tgid tid context put item queue",
+    "gil": "start_ns duration_ns tgid tid holder_tid status",
+    "hits": "time_ns duration_ns tgid tid context probe arguments",
     "losses": "time_ns cpu table lost",
 }
 # Columns whose values have no natural width; the terminal's is shared among them.
 FLEXIBLE = {"command_line", "cgroup", "local_path", "remote_path", "payload"}
+FLEXIBLE |= {"path", "file", "codes", "arguments"}
 MIN_FLEXIBLE = 24
 GAP = "  "
 MOMENTS = {"start_ns", "time_ns", "syscall_start_ns"}
-REGISTERS = {"arg0", "arg1", "arg2", "state_bits"}
+REGISTERS = {"arg0", "arg1", "arg2", "state_bits", "code", "item", "queue", "stack"}
 
 
 @click.command(epilog=EXAMPLES)
@@ -85,8 +104,8 @@ def events(
 ) -> None:
     r"""Print rows of a TABLE of the recording REC, in the order in which they were stored.
 
-    TABLE is processes, syscalls, messages, connections, connects, tls, offcpu or losses. EXPR may
-    use all of its columns, those that are not shown as well: --json --limit 1 shows them. Times in
+    TABLE is processes, syscalls, messages, connections, connects, tls, offcpu, interpreters, samples,
+    stacks, codes, contexts, flows, handoffs, gil, hits or losses. EXPR may use all of its columns, those that are not shown as well: --json --limit 1 shows them. Times in
     EXPR, JSON and CSV are nanoseconds of CLOCK_MONOTONIC; the table for people shows points in time
     as seconds since the recording began, durations with a unit, and long values cut.
 
@@ -141,8 +160,13 @@ def _readable(frame: pl.LazyFrame) -> pl.LazyFrame:
         )
         .list.join("")
     )
-    texts = [name for name, dtype in frame.collect_schema().items() if isinstance(dtype, pl.Enum)]
-    return frame.with_columns(escaped, pl.col(texts).cast(pl.String))
+    schema = frame.collect_schema()
+    texts = [name for name, dtype in schema.items() if isinstance(dtype, pl.Enum)]
+    lists = [name for name, dtype in schema.items() if isinstance(dtype, pl.List)]
+    joined = (
+        pl.col(lists).list.eval(pl.element().cast(pl.String)).list.join(", ", ignore_nulls=True)
+    )
+    return frame.with_columns(escaped, pl.col(texts).cast(pl.String), joined)
 
 
 def _columns(given: str | None, every: Sequence[str]) -> list[str]:

@@ -180,7 +180,7 @@ def _place(frame: Frame) -> str:
 def _end_of(text: str, room: int) -> str:
     """The text, or its end and an ellipsis: of a path the end tells more.
 
-    >>> _end_of("/srv/app/views.py:12", 20), _end_of("/srv/app/views.py:12", 12)
+    >>> _end_of("/srv/app/views.py:12", 20), _end_of("/srv/app/views.py:12", 14)
     ('/srv/app/views.py:12', '…/views.py:12')
     """
     if len(text) <= room:

@@ -97,7 +97,7 @@ def what_is_less(opened: Recording, found: pl.DataFrame) -> str | None:
             "off-CPU time was not recorded, so all but the GIL is unknown; "
             "record with offcpu in --families"
         )
-    if not found["samples"].any():
+    if not found["samples"].sum():
         from scope_ebpf.analysis.missing import why_no_samples
 
         return f"Python and native cannot be told apart: {why_no_samples(opened)}"

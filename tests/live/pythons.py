@@ -75,7 +75,7 @@ def pythons() -> tuple[Python, ...]:
         for root in sorted(CHROOTS.glob("*"))
         for path in sorted(root.glob("usr/bin/python3.*"))
     ]
-    found = {}
+    found: dict[tuple[int, int], Python] = {}
     for path, root in places:
         file = path if root is None else root / path.relative_to("/")
         if NAME.fullmatch(path.name) and file.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -238,9 +239,9 @@ def test_a_million_samples_take_seconds(tmp_path):
     path = make_recording(tmp_path / "big.scope", {}, families=FAMILIES)
     write_million(path)
     recording = open_recording(path)
-    began = time.monotonic()
+    began = time.process_time()  # of this process: others may be at work
     profile = on_cpu(recording)
-    took = time.monotonic() - began
+    took = time.process_time() - began
     assert profile.total_ns == 1_000_000 * PERIOD
     assert took < 3
 
@@ -264,7 +265,7 @@ def write_million(path: Path) -> None:
     ]  # fmt: skip
     count = 1_000_000
     samples = frame("samples", [])
-    values = {
+    values: dict[str, Any] = {
         "time_ns": at(0) + np.arange(count) * 1000,
         "tgid": np.full(count, SHOP),
         "tid": SHOP + random.integers(0, 40, count),

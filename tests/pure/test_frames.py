@@ -136,7 +136,7 @@ def test_a_real_code_object_of_this_interpreter_has_its_real_lines(tmp_path):
     code = next(each for each in constants if isinstance(each, types.CodeType))
     newer = sys.version_info >= (3, 11)
     first_instruction = 184 if newer else 0
-    starts = [(offset, line) for offset, line in dis.findlinestarts(code) if line is not None]
+    starts = [*dis.findlinestarts(code)]
     story = StackStory()
     story.row("codes", time_ns=at(0), tgid=7, code=VIEW, name=code.co_name, file=code.co_filename,
               first_line=code.co_firstlineno, lines=code.co_linetable,

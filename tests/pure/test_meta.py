@@ -82,7 +82,7 @@ def test_unknown_keys_are_ignored(tmp_path):
     assert read_meta(tmp_path) == META
 
 
-@pytest.mark.parametrize(("version", "hint"), [(3, "newer"), (1, "older"), (-5, "older")])
+@pytest.mark.parametrize(("version", "hint"), [(4, "newer"), (2, "older"), (-5, "older")])
 def test_other_versions_are_refused(tmp_path, version, hint):
     write_meta(tmp_path, META)
     replace_content(tmp_path, {**content(tmp_path), "format_version": version})
@@ -111,7 +111,7 @@ def test_directory_is_refused(tmp_path):
     "text",
     [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format_version": NaN}', b"[" * 100_000,
      b'{"format_version": 1' + b"0" * 5000 + b"}", b'{"format_version": true}',
-     b'{"format_version": 2}', b'{"format_version": 2, "x": ' + b"[" * 900 + b"]" * 900 + b"}"],
+     b'{"format_version": 3}', b'{"format_version": 3, "x": ' + b"[" * 900 + b"]" * 900 + b"}"],
 )  # fmt: skip
 def test_no_meta_at_all(tmp_path, text):
     (tmp_path / "meta.json").write_bytes(text)
