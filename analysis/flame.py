@@ -29,6 +29,9 @@ GIL: Final = "[GIL]"
 # Samples of a moment at which the thread was in a call, or waited.
 _WAITS: Final = ["wait", "fault", "message"]
 
+# As loaders.symbols names it: `libpython3.11.so.1.0 _PyEval_EvalFrameDefault`, `python3.11`.
+_EVAL_LOOP: Final = r"(?:^|\s)_PyEval_EvalFrameDefault|^(?:lib)?python[\d.]*t?(?:\.so[\d.]*)?$"
+
 # What profiles are made of, one row per sample or interval.
 WEIGHED: Final = pl.Schema(
     {
@@ -60,7 +63,7 @@ def on_cpu(
     The native function that ran is the innermost frame, where it is known. `tgids`: only these
     processes; `by_line`: see `Profile`; `by_thread`: threads of one name are told apart.
     """
-    weighed = recording.collect(ticks(recording, tgids))
+    weighed = ticks(recording, tgids)
     title = f"on the CPU, {recording.meta.sample_hz} samples a second"
     profile = build(recording, weighed, title, by_line=by_line, by_thread=by_thread)
     return profile if profile.stacks else _because(profile, tgids, why_no_samples(recording))
@@ -68,7 +71,10 @@ def on_cpu(
 
 def ticks(recording: Recording, tgids: Sequence[int] | None) -> pl.LazyFrame:
     """The ticks of the sampling clock: WEIGHED, and `time_ns` and `context`."""
-    native = pl.col("native")
+    # the loop that runs bytecode is the Python function itself; so is a stripped interpreter, of
+    # which only the file is known
+    loop = pl.col("native").str.contains(_EVAL_LOOP) & pl.col("stack").is_not_null()
+    native = pl.when(loop.not_().fill_null(value=False)).then("native")
     return (
         _of(recording.samples, tgids)
         .filter(pl.col("reason") == "cpu")
@@ -79,7 +85,7 @@ def ticks(recording: Recording, tgids: Sequence[int] | None) -> pl.LazyFrame:
             "stack",
             group=pl.lit(None, pl.String),
             instead=pl.when(native.is_null()).then(pl.lit(NO_PYTHON)),
-            inner="native",
+            inner=native,
             inner_kind=pl.when(native.is_not_null()).then(pl.lit("native")),
             innermost=pl.lit(None, pl.String),
             innermost_kind=pl.lit(None, pl.String),
@@ -98,7 +104,7 @@ def off_cpu(
     wakeup in which it was ready to run. Stacks are taken of calls that wait for longer than a
     threshold; the others are `[shorter waits]` of their thread.
     """
-    weighed = recording.collect(waits(recording, tgids))
+    weighed = waits(recording, tgids)
     profile = build(recording, weighed, "off the CPU", by_line=by_line, by_thread=by_thread)
     if not profile.stacks:
         return _because(profile, tgids, why_no_waits(recording))
@@ -233,18 +239,20 @@ def gil_waits(
     named = thread_names(recording, holders).select(
         "tgid", holder_tid="tid", holder=pl.format("[GIL held by {} ({})]", "thread", "tid")
     )
-    weighed = calls.join(
-        named, on=["tgid", "holder_tid"], how="left", maintain_order="left"
-    ).select(
-        *THREAD,
-        "stack",
-        group=pl.lit(None, pl.String),
-        instead=pl.when(pl.col("stack").is_null()).then(pl.lit(NOT_TAKEN)),
-        inner=pl.coalesce("holder", pl.lit("[GIL, holder not known]")),
-        inner_kind=pl.lit("gil"),
-        innermost=pl.lit(None, pl.String),
-        innermost_kind=pl.lit(None, pl.String),
-        weight_ns="duration_ns",
+    weighed = (
+        calls.lazy()
+        .join(named.lazy(), on=["tgid", "holder_tid"], how="left", maintain_order="left")
+        .select(
+            *THREAD,
+            "stack",
+            group=pl.lit(None, pl.String),
+            instead=pl.when(pl.col("stack").is_null()).then(pl.lit(NOT_TAKEN)),
+            inner=pl.coalesce("holder", pl.lit("[GIL, holder not known]")),
+            inner_kind=pl.lit("gil"),
+            innermost=pl.lit(None, pl.String),
+            innermost_kind=pl.lit(None, pl.String),
+            weight_ns="duration_ns",
+        )
     )
     title = "waiting for the GIL"
     profile = build(recording, weighed, title, by_line=by_line, by_thread=by_thread)
@@ -252,14 +260,17 @@ def gil_waits(
 
 
 def build(
-    recording: Recording, weighed: pl.DataFrame, title: str, *, by_line: bool, by_thread: bool
+    recording: Recording, weighed: pl.LazyFrame, title: str, *, by_line: bool, by_thread: bool
 ) -> Profile:
     """The profile of rows with the schema WEIGHED."""
     keys = [name for name in WEIGHED if name != "weight_ns"]
-    summed = weighed.group_by(keys, maintain_order=True).agg(
-        pl.col("weight_ns").sum(), samples=pl.len()
+    # millions of rows, of which few differ
+    summed = recording.collect(
+        weighed.group_by(keys)
+        .agg(pl.col("weight_ns").sum(), samples=pl.len())
+        .filter(pl.col("weight_ns") > 0)
+        .sort(keys)
     )
-    summed = summed.filter(pl.col("weight_ns") > 0)
     names = thread_names(recording, summed.select(THREAD).unique(maintain_order=True))
     summed = summed.join(names, on=THREAD, how="left", maintain_order="left")
     frames: dict[Frame, int] = {}

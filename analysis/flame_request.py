@@ -30,7 +30,8 @@ def of_request(
     duration: the time off the CPU as `off_cpu` divides it, the rest in equal parts for each
     tick of the sampling clock. In an event loop, what was done in the span's logical context and in
     those that were made from it meanwhile is the span's, in whatever thread; ticks weigh a period
-    there. Of a thread that worked on several things without contexts, nothing is known.
+    there, and what a thread of a pool did for it without a copy of its context is left out. Of a thread
+    that worked on several things without contexts, nothing is known.
 
     Raises `UsageError` if there is no such span.
     """
@@ -44,7 +45,7 @@ def of_request(
     alone = _alone(recording, _handled(spans))
     known = handled.join(alone, on="span_id", how="semi")
     weighed, notes = _weighed(recording, known)
-    profile = build(recording, weighed, title, by_line=by_line, by_thread=by_thread)
+    profile = build(recording, weighed.lazy(), title, by_line=by_line, by_thread=by_thread)
     others = handled.height - known.height
     if others:
         notes.append(

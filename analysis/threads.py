@@ -14,7 +14,7 @@ from scope_ebpf.analysis.asof import NONE, first_after, group_numbers, latest_be
 from scope_ebpf.analysis.lives import LIFE, thread_lives
 from scope_ebpf.analysis.names import THREAD, thread_names
 from scope_ebpf.analysis.parts import _CALLS, _POLL
-from scope_ebpf.analysis.waits import DISK, LOCK, NETWORK, SLEEP, STOPPED, UNKNOWN, wait_kind
+from scope_ebpf.analysis.waits import WAIT_KIND, wait_kind
 from scope_ebpf.recording.readable import syscall_numbers
 from scope_ebpf.recording.reader import Recording
 
@@ -139,7 +139,7 @@ def _off(recording: Recording, lives: pl.DataFrame) -> pl.DataFrame:
             "start_ns",
             "duration_ns",
             ready_ns=pl.col("runnable_ns").fill_null(0),
-            kind=wait_kind(machine, pl.col("nothing_came").fill_null(value=False)).cast(pl.String),
+            kind=wait_kind(machine, pl.col("nothing_came").fill_null(value=False)).to_physical(),
         )
     )
     return recording.collect(rows)
@@ -225,8 +225,8 @@ def _divided(
     waiting = (woken - begin) - (at_woken - at_begin)
     ready = (end - woken) - (at_end - at_woken)
     sums = {"runqueue_ns": _sums(ready, life, len(lives))}
-    for name in (LOCK, DISK, NETWORK, SLEEP, STOPPED, UNKNOWN):
-        chosen = kind == name
+    for number, name in enumerate(WAIT_KIND.categories):
+        chosen = kind == number
         sums[f"{name}_ns"] = _sums(waiting[chosen], life[chosen], len(lives))
     return sums
 

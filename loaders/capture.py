@@ -209,7 +209,7 @@ class Capture:
         return chosen
 
     def _records_calls(self) -> bool:
-        return bool({"syscalls", "messages"} & set(self.options.families))
+        return bool({"syscalls", "messages", *watch.FAMILIES} & set(self.options.families))
 
     def _follows_python(self) -> bool:
         return bool(set(watch.FAMILIES) & set(self.options.families))

@@ -14,10 +14,12 @@ from scope_ebpf.records import (
     CALL,
     MESSAGE,
     OFFCPU,
+    SAMPLE,
     CallStatus,
     ProcessEvent,
     RecordFlags,
     RecordKind,
+    SampleReason,
 )
 from scope_ebpf.syscalls import syscall_names
 
@@ -59,6 +61,30 @@ for _ in range({TIMES}):
     client.write(b"x")
     server.read()
 """
+# Contexts that are made, and times at which a thread wants the GIL that another one keeps.
+CONTEXT_WORKLOAD = f"""
+import contextvars, os
+os.write(1, b"r")
+os.read(0, 1)
+for _ in range({TIMES}):
+    contextvars.copy_context()
+"""
+GIL_WORKLOAD = f"""
+import os, threading, time
+os.write(1, b"r")
+os.read(0, 1)
+done = []
+def spin():
+    while not done:
+        pass
+threading.Thread(target=spin).start()
+for _ in range({TIMES}):
+    time.sleep({SLEEP_NS / 1e9})
+done.append(True)
+"""
+WORKLOADS = {"tls": TLS_WORKLOAD, "contexts": CONTEXT_WORKLOAD, "gil": GIL_WORKLOAD}
+# A busy host adds waits.
+AT_LEAST = frozenset({"offcpu", "samples", "gil"})
 
 
 def record_workload(family: str) -> int:
@@ -67,10 +93,12 @@ def record_workload(family: str) -> int:
     Raises:
         ScopeError: the kernel refuses the probes, with the reason.
     """
-    with workload(TLS_WORKLOAD if family == "tls" else WORKLOAD) as (process, begin):
-        options = CaptureOptions(tgids=(process.pid,), families=(family,), follow=False)
+    with workload(WORKLOADS.get(family, WORKLOAD)) as (process, begin):
+        options = CaptureOptions(
+            tgids=(process.pid,), families=(family,), follow=False, long_wait_ns=SLEEP_NS
+        )
         with Capture(options) as capture:
-            capture.start()
+            capture.find_pythons(capture.start())
             begin()
             process.wait(timeout=10)
             capture.stop()
@@ -113,6 +141,16 @@ def count_events(family: str, batch: Batch) -> int:
     if family == "tls":
         sent = hot["flags"] & RecordFlags.FLAG_RECEIVE == 0
         return int(((hot["kind"] == RecordKind.RECORD_TLS) & sent).sum())
+    if family == "contexts":
+        return int((hot["kind"] == RecordKind.RECORD_CONTEXT).sum())
+    if family == "gil":
+        return int((hot["kind"] == RecordKind.RECORD_GIL).sum())
+    if family == "samples":
+        samples = hot.view(SAMPLE)
+        waits = (samples["kind"] == RecordKind.RECORD_SAMPLE) & (
+            samples["flags"] == SampleReason.SAMPLE_WAIT
+        )
+        return int((waits & (samples["stack"] != 0)).sum())
     calls, messages, intervals = hot.view(CALL), hot.view(MESSAGE), hot.view(OFFCPU)
     if family == "syscalls":
         names = syscall_names(platform.machine())

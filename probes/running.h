@@ -140,7 +140,7 @@ static __always_inline void switch_in(struct cpu_state *cpu, struct task_struct 
 	take_up(cpu, task, record, now);
 	if (record->phase != PHASE_NORMAL) {
 		/* the call programs find out what the phase means; without them it means nothing */
-		if (record_syscalls || record_messages)
+		if (CALLS_ARE_FOLLOWED)
 			return;
 		record->phase = PHASE_NORMAL;
 	}

@@ -37,6 +37,10 @@ const volatile __u32 futex_number = 0;
 const volatile __u32 munmap_number = 0;
 const volatile __u8 message_classes[512] = {};
 
+/* Whether calls are followed from their entry to their exit. */
+#define CALLS_ARE_FOLLOWED \
+	(record_syscalls || record_messages || record_samples || record_contexts || record_gil)
+
 /* Puts the layouts of the records into this object's BTF, where user space compares them at load. */
 const volatile struct record_layouts {
 	struct call call;

@@ -194,7 +194,7 @@ def fitting(label: str, width: float) -> str:
     """As much of a label as fits into a box; nothing if that would be two letters or fewer.
 
     >>> fitting("view (web.py:12)", 60), fitting("view", 60), fitting("view", 20)
-    ('view (w…', 'view', '')
+    ('view (…', 'view', '')
     """
     cells = int((width - 2 * PAD) / CHAR)
     if cells < 3:

@@ -23,7 +23,6 @@ EXECUTABLE: Final = 2  # e_type: loaded at the addresses in the file
 PT_LOAD, PT_DYNAMIC = 1, 2
 DT_NEEDED, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_STRSZ, DT_SONAME = 1, 4, 5, 6, 10, 14
 DT_GNU_HASH: Final = 0x6FFFFEF5
-SHT_SYMTAB: Final = 2
 SYMBOL: Final = struct.Struct("<IBBHQQ")
 FINAL_RELEASE, CANDIDATE = 0xF, 0xC  # sys.hexversion >> 4 & 15
 # How a function of a shared library ends that returns a thread-local variable: it adds the variable's
@@ -160,18 +159,6 @@ class ElfFile:
                 return
             number += 1
 
-    def unexported(self, name: bytes) -> int | None:
-        """The address of a symbol in .symtab, which stripped files do not have."""
-        for header in self._section_headers():
-            if header[1] == SHT_SYMTAB:
-                names = self._section_header(header[6])[4]
-                wanted = self._data.find(b"\0" + name + b"\0", names) + 1 - names
-                for at in range(header[4], header[4] + header[5], SYMBOL.size):
-                    index, _, _, section, value, _ = SYMBOL.unpack_from(self._data, at)
-                    if index == wanted and section:
-                        return int(value)
-        return None
-
     def section(self, name: bytes) -> int | None:
         """The address of a section."""
         if not self._sections:
@@ -274,8 +261,8 @@ def read_binary(path: Path) -> PythonBinary | OtherBinary:
 def _read_binary(file: ElfFile, path: Path) -> PythonBinary | OtherBinary:
     runtime = file.symbol(b"_PyRuntime")
     if runtime is None and file.symbol(b"Py_Initialize") is None:
-        # a program that exports nothing still has the section (Python/pylifecycle.c, from 3.8 on)
-        runtime = file.section(b".PyRuntime") or file.unexported(b"_PyRuntime")
+        # a program that exports nothing still has the section (Python/pylifecycle.c, from 3.10 on)
+        runtime = file.section(b".PyRuntime")
         if runtime is None:
             return OtherBinary(any(name.startswith(b"libpython") for name in file.needed))
     version, level = _version(file, runtime, path)

@@ -32,25 +32,15 @@ from scope_ebpf.loaders.python.memory import (
     ProcessMemory,
     read_maps,
 )
+from scope_ebpf.loaders.python.slots import NoSlotError, find_slot
+from scope_ebpf.loaders.python.states import ATTEMPTS, State, dict_values, read_threads, tids_of
 from scope_ebpf.loaders.targets import PROC
 from scope_ebpf.records import InterpreterFlags
 
 LIBRARY: Final = re.compile(r"^.*/lib(?:python|pypy)[^/\n]*$", re.M)
 GREENLET: Final = re.compile(r"/_?greenlet\.[^/\n]*so$", re.M)
-MUSL: Final = re.compile(r"/ld-musl-[^/\n]*$", re.M)
-# nptl/descr.h: where specific_1stblock, of 32 entries {sequence, data}, is in glibc's struct pthread. It
-# has been there since 2.4 on x86-64; a slot is used only if it holds what it should.
-GLIBC_SPECIFIC: Final = 0x310
-GLIBC_FIRST_BLOCK: Final = 32
-GLIBC_TID: Final = 720  # `tid` in the same struct
-PTHREAD_BYTES: Final = 0x800  # of it that may hold a slot
-TLS_BYTES: Final = 0x1000  # below it: variables of the program and of libraries mapped with it
-THREADS_MAX: Final = 65536
-ATTEMPTS: Final = 3  # threads begin and end while they are read
-ENDBR64: Final = b"\xf3\x0f\x1e\xfa"
-READ_FS: Final = b"\x64\x48\x8b\x04\x25"  # mov %fs:disp32, %rax
-READ_GOT: Final = b"\x48\x8b\x05"  # mov disp32(%rip), %rax
-READ_FS_RAX: Final = b"\x64\x48\x8b\x00"  # mov %fs:(%rax), %rax
+GLIBC_TID: Final = 720  # `tid` in glibc's struct pthread
+PTHREAD_BYTES: Final = 0x800  # of it that are searched
 # Modules of programs in which contexts other than a thread's own are made.
 CONTEXT_USERS: Final = (b"asyncio", b"trio", b"uvloop", b"curio", b"anyio", b"_asyncio")
 
@@ -167,7 +157,7 @@ def threads(interpreter: Interpreter) -> list[Thread]:
     """
     with ProcessMemory(interpreter.tgid) as memory:
         states = read_threads(memory, interpreter.layout, interpreter.runtime)
-        tids = _tids(interpreter.tgid)
+        tids = tids_of(interpreter.tgid)
         found = []
         for tstate, thread_id, native in states:
             tid = 0
@@ -279,10 +269,15 @@ class _Search:
             return self._unknown(str(error)) if self._settled() else NotReady()
         if not any(thread_id for _, thread_id, _ in states):
             return NotReady()
-        tss = self._slot(states)
-        if not isinstance(tss, int):
-            return tss
-        layout, contexts = self._contexts(states, main)
+        try:
+            tss = find_slot(self.memory, layout, self.binary, self.bias, self.maps, states)
+            layout, contexts = self._contexts(main)
+        except NoSlotError as error:
+            return Unsupported(str(error))
+        except AddressError as error:
+            return self._unknown(str(error)) if self._settled() else NotReady()
+        if tss is None:
+            return NotReady()
         gil = self._gil(main)
         tid_place = self._tid_place(states)
         greenlets = GREENLET.search(self.maps) is not None
@@ -349,100 +344,28 @@ class _Search:
         version = (hexversion >> 24, hexversion >> 16 & 255, hexversion >> 8 & 255)
         return version if version[:2] == layout.version[:2] else None
 
-    # ---- where a thread finds its thread state ----
-
-    def _slot(self, states: list[State]) -> int | NotReady | Unsupported:
-        """Its distance from the thread pointer."""
-        layout = self.layout
-        bound = [(tstate, thread_id) for tstate, thread_id, _ in states if thread_id]
-        if layout.runtime_tss is None:
-            place = self._variable()
-            low, high = -TLS_BYTES, 0
-        elif MUSL.search(self.maps):
-            return Unsupported("its C library is musl, which keeps thread-specific data elsewhere")
-        else:
-            key = self.memory.u32(self.runtime + layout.runtime_tss + layout.tss_key)
-            if not self.memory.i32(self.runtime + layout.runtime_tss + layout.tss_initialized):
-                return NotReady()
-            if key >= GLIBC_FIRST_BLOCK:
-                return Unsupported(
-                    f"it keeps its thread state under the thread-specific key {key}; glibc has only the"
-                    f" first {GLIBC_FIRST_BLOCK} in a place that can be read without its help"
-                )
-            place = GLIBC_SPECIFIC + 16 * key + 8
-            low, high = 0, PTHREAD_BYTES
-        # a thread that is being started has no state in its slot yet: one that has it is enough
-        if place is not None and any(
-            self._holds(thread, place, tstate) for tstate, thread in bound
-        ):
-            return place
-        common: set[int] | None = None
-        for tstate, thread in bound:
-            with contextlib.suppress(AddressError):
-                words = np.frombuffer(self.memory.read(thread + low, high - low), "<u8")
-                places = {low + 8 * int(at) for at in np.flatnonzero(words == tstate)}
-                common = places if common is None else common & places
-        if common is not None and len(common) == 1:
-            return common.pop()
-        if layout.runtime_tss is None and common:
-            # also the variable with the thread state that runs has it, but only while it runs
-            distance = self.binary.gilstate_distance
-            places = {place for place in common if distance and place - distance in common}
-            return places.pop() if len(places) == 1 else NotReady()
-        return Unsupported("where its threads keep their thread state was not found")
-
-    def _holds(self, thread: int, place: int, tstate: int) -> bool:
-        try:
-            return self.memory.u64(thread + place) == tstate
-        except AddressError:
-            return False
-
-    def _variable(self) -> int | None:
-        """Where _Py_tss_gilstate is, which replaced the key in 3.15 (Python/pystate.c).
-
-        PyGILState_GetThisThreadState() does nothing but to return it.
-        """
-        code = self.binary.gilstate.removeprefix(ENDBR64)
-        if code.startswith(READ_FS):
-            return int(struct.unpack_from("<i", code, len(READ_FS))[0])
-        if code.startswith(READ_GOT) and code[7:11] == READ_FS_RAX:
-            skipped = len(self.binary.gilstate) - len(code)
-            behind = self._at_bias(self.binary.gilstate_address) + skipped + 7
-            with contextlib.suppress(AddressError):
-                distance: int = struct.unpack_from("<i", code, len(READ_GOT))[0]
-                return self.memory.i64(behind + distance)
-        return None
-
-    # ---- the rest ----
-
-    def _contexts(self, states: list[State], main: int) -> tuple[Layout, bool]:
+    def _contexts(self, main: int) -> tuple[Layout, bool]:
         """The layout with the place of contexts, and whether some are made in this process.
 
         They are if a thread has one now, or if a module has been imported that makes them. From 3.14 on
         threading runs every thread in a context of its own (Lib/threading.py), which does not count.
+
+        Raises:
+            AddressError: what the threads have in that place, and nowhere else, are no contexts.
         """
         layout, kind = self.layout, self._at_bias(self.binary.context_type)
-        blocks = []
-        for tstate, _, _ in states:
-            with contextlib.suppress(AddressError):
-                blocks.append(
-                    struct.unpack(
-                        f"<{layout.tstate_bytes // 8}Q",
-                        self.memory.read(tstate, layout.tstate_bytes // 8 * 8),
-                    )
-                )
-        used = [context for block in blocks if (context := block[layout.tstate_context // 8])]
-        if used and kind and not any(self._is(context, kind) for context in used):
-            places = [
-                {8 * at for at, word in enumerate(block) if self._is(word, kind)}
-                for block in blocks
-            ]
-            places = [place for place in places if place]
-            common = set.intersection(*places) if places else set()
-            if len(common) != 1:  # what is there is no context
-                return layout, False
-            layout = replace(layout, tstate_context=common.pop())
-            used = [context for block in blocks if (context := block[layout.tstate_context // 8])]
+        for _ in range(ATTEMPTS):
+            blocks = self._thread_blocks()
+            used = [place for block in blocks if (place := block[layout.tstate_context // 8])]
+            if not used or not kind or any(self._is(context, kind) for context in used):
+                break
+            found = [{8 * at for at, word in enumerate(b) if self._is(word, kind)} for b in blocks]
+            held = [places for places in found if places]
+            common = set.intersection(*held) if held else set()
+            if len(common) == 1:
+                layout = replace(layout, tstate_context=common.pop())
+        else:
+            raise AddressError("its threads have no contexts where they should be")
         if layout.version >= (3, 14):
             own = {
                 block[layout.tstate_context // 8]
@@ -461,6 +384,15 @@ class _Search:
             return layout, bool(dict_values(self.memory, layout, modules, CONTEXT_USERS))
         except AddressError:
             return layout, True
+
+    def _thread_blocks(self) -> list[tuple[int, ...]]:
+        """The thread states, as words."""
+        size = self.layout.tstate_bytes // 8
+        blocks = []
+        for tstate, _, _ in read_threads(self.memory, self.layout, self.runtime):
+            with contextlib.suppress(AddressError):
+                blocks.append(struct.unpack(f"<{size}Q", self.memory.read(tstate, size * 8)))
+        return blocks
 
     def _main_thread(self, blocks: list[tuple[int, ...]]) -> int:
         """thread_id of the process's first thread: its state was made first, and has the lowest id."""
@@ -501,7 +433,7 @@ class _Search:
 
     def _tid_place(self, states: list[State]) -> int:
         """Where struct pthread has the kernel's tid; 0 if that was not found."""
-        tids = _tids(self.memory.tgid)
+        tids = tids_of(self.memory.tgid)
         common: set[int] | None = None
         for _, thread, _ in states:
             with contextlib.suppress(AddressError):
@@ -511,127 +443,3 @@ class _Search:
                 places = {4 * int(at) for at in np.flatnonzero(np.isin(words, list(tids)))}
                 common = places if common is None else common & places
         return common.pop() if common is not None and len(common) == 1 else 0
-
-
-# ---- the state of a process ----
-
-State = tuple[int, int, int]  # address of a thread state, its thread_id, its native_thread_id or 0
-
-
-def read_threads(memory: ProcessMemory, layout: Layout, runtime: int) -> list[State]:
-    """The thread states of a process, of all interpreters, the main one's first.
-
-    Raises:
-        AddressError: they changed each time while they were read.
-        ProcessGoneError: the process ended.
-    """
-    for attempt in range(ATTEMPTS):
-        try:
-            interpreters: list[int] = []
-            address = memory.u64(runtime + layout.runtime_interpreters_head)
-            while address and len(interpreters) < THREADS_MAX:
-                interpreters.append(address)
-                address = memory.u64(address + layout.interpreter_next)
-            states: list[State] = []
-            for interpreter in reversed(interpreters):  # the list begins with the newest
-                states += _threads_of(memory, layout, interpreter)
-            return states
-        except AddressError:
-            if attempt == ATTEMPTS - 1:
-                raise
-    return []
-
-
-def _threads_of(memory: ProcessMemory, layout: Layout, interpreter: int) -> list[State]:
-    native = layout.tstate_native_thread_id
-    found: list[State] = []
-    before = 0
-    address = memory.u64(interpreter + layout.interpreter_threads_head)
-    while address:
-        words = struct.unpack(
-            f"<{layout.tstate_bytes // 8}Q", memory.read(address, layout.tstate_bytes // 8 * 8)
-        )
-        owner, previous = words[layout.tstate_interpreter // 8], words[layout.tstate_previous // 8]
-        if owner != interpreter or previous != before or len(found) >= THREADS_MAX:
-            raise AddressError(
-                f"process {memory.tgid} has no list of thread states at {interpreter:#x}"
-            )
-        found.append(
-            (
-                address,
-                words[layout.tstate_thread_id // 8],
-                0 if native is None else words[native // 8],
-            )
-        )
-        before, address = address, words[layout.tstate_next // 8]
-    return found
-
-
-def _tids(tgid: int) -> dict[int, int]:
-    """The threads of a process: numbers in their own PID namespace to ours.
-
-    What a process itself knows, as native_thread_id, is a number in its innermost namespace.
-    """
-    folder = PROC / str(tgid)
-    try:
-        numbers = [int(name) for name in os.listdir(folder / "task")]
-        if len(_namespace_pids(folder / "status")) == 1:
-            return {number: number for number in numbers}
-        inner: dict[int, int] = {}
-        for number in numbers:
-            with contextlib.suppress(OSError):
-                inner[_namespace_pids(folder / "task" / str(number) / "status")[-1]] = number
-        return inner
-    except OSError:
-        return {}
-
-
-def _namespace_pids(status: Path) -> list[int]:
-    for line in status.read_text(errors="replace").splitlines():
-        if line.startswith("NSpid:"):
-            return [int(word) for word in line.split()[1:]]
-    return [0]
-
-
-def dict_values(
-    memory: ProcessMemory, layout: Layout, address: int, names: tuple[bytes, ...]
-) -> dict[bytes, int]:
-    """Addresses of the values that a dict has for some names in ASCII, as sys.modules has them.
-
-    Raises:
-        AddressError: there is no dict at that address, or it changed while it was read.
-        ProcessGoneError: the process ended.
-    """
-    keys = memory.u64(address + layout.dict_keys)
-    values = memory.u64(address + layout.dict_values)
-    count = memory.i64(keys + layout.keys_entries)
-    width = 3  # hash, key, value
-    if layout.keys_size is not None:
-        slots = memory.u64(keys + layout.keys_size)
-        index_bytes = slots * (1 if slots <= 0xFF else 2 if slots <= 0xFFFF else 4)
-    else:
-        assert layout.keys_log2_index_bytes is not None and layout.keys_kind is not None
-        index_bytes = 1 << memory.u8(keys + layout.keys_log2_index_bytes)
-        if memory.u8(keys + layout.keys_kind) != layout.keys_kind_general:
-            width = 2
-    if not 0 <= count < 1 << 24 or index_bytes > 1 << 28:
-        raise AddressError(f"process {memory.tgid} has no dict at {address:#x}")
-    data = memory.read(keys + layout.keys_indices + index_bytes, count * width * 8)
-    entries = np.frombuffer(data, "<u8").reshape(count, width)
-    found_values = entries[:, width - 1]
-    if values:  # a split one
-        data = memory.read(values + layout.values_items, count * 8)
-        found_values = np.frombuffer(data, "<u8")
-    used = (entries[:, width - 2] != 0) & (found_values != 0)
-    places, found_values = entries[:, width - 2][used], found_values[used]
-    longest = max(map(len, names))
-    texts = memory.read_many(places, layout.unicode_ascii + longest)
-    lengths = texts[:, layout.unicode_length : layout.unicode_length + 8].copy().view("<u8")[:, 0]
-    found = {}
-    for name in names:
-        same = texts[:, layout.unicode_ascii : layout.unicode_ascii + len(name)] == np.frombuffer(
-            name, "u1"
-        )
-        for at in np.flatnonzero(same.all(axis=1) & (lengths == len(name))):
-            found[name] = int(found_values[at])
-    return found

@@ -188,7 +188,7 @@ class Tasks:
             waiter = objects.word(address + offsets.waiter)
             name = self._name(objects.word(address + offsets.name))
         else:  # made in Python, as by asyncio without its C module, or by others
-            if objects.text(objects.attribute(address, "_state")).lower() != known.STATES[0]:
+            if self._python_state(address) != known.STATES[0]:
                 return None
             coroutine = objects.attribute(address, "_coro")
             waiter = objects.attribute(address, "_fut_waiter")
@@ -202,6 +202,13 @@ class Tasks:
         if state == "waiting":
             awaits = self._awaited(waiter or last)
         return Task(name, state, awaits, frames)
+
+    def _python_state(self, address: int) -> str:
+        try:
+            state = self._objects.attribute(address, "_state")
+        except Unreadable:  # as long as it is pending it is an attribute of the class only
+            return known.STATES[0]
+        return self._objects.text(state).lower()
 
     def _name(self, address: int) -> str | None:
         with suppress(Unreadable):
@@ -274,7 +281,8 @@ class Tasks:
                 return 0
         if not 0 <= count < 1 << 20:
             return 0
-        return objects.word(base + 8 * (count - 1)) & ~CODE_TAG
+        depth = known.AWAITED_DEPTH_3_15 if layout.version >= (3, 15) else 1
+        return objects.word(base + 8 * (count - depth)) & ~CODE_TAG
 
     def _in_await(self, generator: int, frame: int) -> bool:
         objects, layout = self._objects, self._layout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,7 +155,9 @@ def _profile(
     profiles = {
         "--oncpu": analysis.on_cpu, "--offcpu": analysis.off_cpu, "--gil": analysis.gil_waits,
     }  # fmt: skip
-    return profiles[view](opened, tgids, by_line=lines, by_thread=by_thread)
+    profile = profiles[view](opened, tgids, by_line=lines, by_thread=by_thread)
+    of = [opened.path.name, service, None if tgid is None else f"process {tgid}"]
+    return replace(profile, title=f"{profile.title}: {', '.join(filter(None, of))}")
 
 
 def _of_request(opened: Recording, request: str, *, lines: bool, by_thread: bool) -> Profile:

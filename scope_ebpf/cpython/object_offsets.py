@@ -39,6 +39,9 @@ RESUMES: Final = {(3, 11): (151, 150), (3, 12): (151, 240)}
 AWAITS_FROM: Final = 2
 RESUME_REASON: Final = 3
 
+# In a frame that awaits, what it awaits is on top of its stack; in 3.15 an index or NULL is above that
+# (Include/internal/pycore_interpframe.h, _PyFrame_StackPeek).
+AWAITED_DEPTH_3_15: Final = 2
 # FRAME_SUSPENDED_YIELD_FROM_LOCKED, which only 3.15 has.
 AWAITING_LOCKED_3_15: Final = 3
 

@@ -174,12 +174,12 @@ SCHEMAS: dict[str, pl.Schema] = {
     # One row per different stack of a process; the same one may come more than once.
     "stacks": pl.Schema(
         {
-            "time_ns": pl.Int64,  # when it was first seen
-            "tgid": pl.UInt32,
-            "stack": pl.UInt64,
-            "codes": pl.List(pl.UInt64),  # code in codes; the innermost frame is the first
-            "offsets": pl.List(pl.UInt32),  # of each frame's instruction, see cpython.lines
-            "truncated": pl.Boolean,  # there are more frames further out
+            "time_ns": pl.Int64(),  # when it was first seen
+            "tgid": pl.UInt32(),
+            "stack": pl.UInt64(),
+            "codes": pl.List(pl.UInt64()),  # code in codes; the innermost frame is the first
+            "offsets": pl.List(pl.UInt32()),  # of each frame's instruction, see cpython.lines
+            "truncated": pl.Boolean(),  # there are more frames further out
         }
     ),
     # One row per code object; a later one may have the same address: the latest before a stack counts.
@@ -239,13 +239,14 @@ SCHEMAS: dict[str, pl.Schema] = {
     # One row per hit of a probe that the user chose; meta.json says what the probes are.
     "hits": pl.Schema(
         {
-            "time_ns": pl.Int64,
-            "duration_ns": pl.Int64,  # of a call that was seen from its begin to its end; else null
-            **FLOW,
-            "context": pl.UInt64,
-            "probe": pl.String,  # its name
-            "arguments": pl.List(pl.String),  # as text, each as its type asks
-            "cpu": pl.UInt16,
+            "time_ns": pl.Int64(),
+            "duration_ns": pl.Int64(),  # of a call that was seen from its begin to its end; else null
+            "tgid": pl.UInt32(),
+            "tid": pl.UInt32(),
+            "context": pl.UInt64(),
+            "probe": pl.String(),  # its name
+            "arguments": pl.List(pl.String()),  # as text, each as its type asks
+            "cpu": pl.UInt16(),
         }
     ),
     # One row per CPU, table and second in which events were lost. No row: nothing was.

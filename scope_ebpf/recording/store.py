@@ -12,6 +12,7 @@ from scope_ebpf import records
 from scope_ebpf.errors import RecordingError
 from scope_ebpf.loaders import host
 from scope_ebpf.loaders.cgroups import CgroupPaths
+from scope_ebpf.loaders.symbols import Symbols
 from scope_ebpf.recorder import Drained, Marked, Plan, Use
 from scope_ebpf.recording.meta import Clock, Host, Meta, RecorderUse, Target
 from scope_ebpf.recording.python_tables import Descriptions
@@ -58,6 +59,7 @@ class Store:
         self._use = use
         self._payloads = Payloads()
         self._descriptions = Descriptions()
+        self._symbols = Symbols()
         self._redactor = Redactor(plan.unredacted)
         self._cgroups = CgroupPaths()
         self._lost: Counter[str] = Counter()
@@ -88,7 +90,7 @@ class Store:
             rows = rows_frame("processes", alive)
             frames["processes"] = pl.concat([rows, frames.get("processes", rows.clear())])
         if batch.hot:
-            frames |= hot_frames(batch.hot, self._payloads, lambda tgid, address: None)
+            frames |= hot_frames(batch.hot, self._payloads, self._symbols.name)
         if batch.interpreters:
             frames["interpreters"] = rows_frame("interpreters", batch.interpreters)
         if losses := self._loss_rows(batch):

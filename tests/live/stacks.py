@@ -217,19 +217,20 @@ def compare(samples: Sequence[dict[str, Any]], truth: Truth, source: Source) -> 
             frames.pop()
         # above the root there are frames of threading, or of the module
         names = [frame.name or "?" for frame in frames]
-        if not taken.truncated:
+        cut = taken.truncated and ROOT not in names
+        if not cut:
             if ROOT not in names:
                 found.impossible += 1
                 found.complain(f"not within {ROOT}: {taken.names}")
                 continue
             frames, names = frames[names.index(ROOT) :], names[names.index(ROOT) :]
         seen = tuple(names)
-        if any(_fits(seen, stack, taken.truncated) for stack in place.stacks):
+        if any(_fits(seen, stack, cut) for stack in place.stacks):
             found.right += 1
             found.moving += len(place.stacks) > 1
             _compare_lines(frames, place, helped, source, found)
         else:
-            if not any(_fits(seen, stack, taken.truncated) for stack in truth.possible):
+            if not any(_fits(seen, stack, cut) for stack in truth.possible):
                 found.impossible += 1
             found.complain(f"{seen} at {sample['time_ns']} ({sample['reason']}): not {place}")
     return found

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 
 from scope_ebpf.cpython.offsets import CODE_TAG, Layout
-from scope_ebpf.loaders.python import interpreters
+from scope_ebpf.loaders.python import interpreters, slots
 from scope_ebpf.loaders.python.binaries import PythonBinary, read_binary
 from scope_ebpf.loaders.python.interpreters import (
     Interpreter,
@@ -305,6 +308,75 @@ def test_forked_child(python: Python):
 
 
 @EVERY
+def test_threads_come_and_go(python: Python):
+    """A look while threads begin and end all the time finds the same interpreter each time."""
+    program = """
+import threading, time
+print(1, flush=True)
+while True:
+    some = [threading.Thread(target=time.sleep, args=(0.0005,)) for _ in range(6)]
+    for thread in some: thread.start()
+    for thread in some: thread.join()
+"""
+    with started(python, program) as process:
+        assert process.stdout and process.stdout.readline()
+        records = set()
+        for _ in range(53):
+            interpreter = found(process.pid)
+            records.add(interpreter.record.tobytes())
+            seen = threads(interpreter)
+            assert process.pid in [thread.tid for thread in seen]
+        assert len(records) == 1
+
+
+@EVERY
+def test_subinterpreter(python: Python):
+    """Threads of all interpreters are found, the main one's first."""
+    program = """
+import sys, threading, time
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+def run():
+    interpreters.run_string(interpreters.create(), "import time; time.sleep(30)")
+threading.Thread(target=run, daemon=True).start()
+time.sleep(0.3)
+print(1, flush=True)
+time.sleep(30)
+"""
+    with started(python, program) as process:
+        assert process.stdout and process.stdout.readline()
+        interpreter = found(process.pid)
+        seen = threads(interpreter)
+        layout = interpreter.layout
+        with ProcessMemory(process.pid) as memory:
+            owners = [memory.u64(thread.tstate + layout.tstate_interpreter) for thread in seen]
+            assert owners[:2] == [interpreter.address] * 2
+            assert len(owners) == 3 and owners[2] != interpreter.address
+            assert memory.i64(owners[2] + layout.interpreter_id) > 0
+            assert seen[1].tid == process.pid and seen[0].tid == seen[2].tid
+            # up to 3.11 a thread's slot keeps the state that it had first (Python/pystate.c)
+            slot = memory.u64(seen[2].thread_id + interpreter.tss)
+            assert slot == seen[0 if python.minor <= 11 else 2].tstate
+
+
+def test_greenlets():
+    """The flag is set where the extension is mapped and data stacks tell greenlets apart."""
+    if importlib.util.find_spec("greenlet") is None:
+        pytest.skip("optional: no greenlet here")
+    for module in ("time", "greenlet"):
+        program = f"import {module}, time; print(1, flush=True); time.sleep(30)"
+        python = Python(Path(sys.executable), sys.version_info[:3])
+        with started(python, program) as process:
+            assert process.stdout and process.stdout.readline()
+            interpreter = found(process.pid)
+            flag = int(interpreter.record["flags"]) & InterpreterFlags.INTERPRETER_GREENLETS
+            assert interpreter.greenlets == (module == "greenlet")
+            assert bool(flag) == (interpreter.greenlets and sys.version_info >= (3, 11))
+
+
+@EVERY
 def test_starting(python: Python):
     """An interpreter that is just starting is NotReady, and then it is ready."""
     seen: list[Interpreter | NotReady | Unsupported | None] = []
@@ -440,6 +512,36 @@ def test_unsupported():
             process.kill()
         assert isinstance(state, Unsupported)
         assert path.name.removeprefix("python") in state.reason and "3.8" in state.reason
+
+
+@EVERY
+def test_a_wrong_table_is_noticed(python: Python, monkeypatch: pytest.MonkeyPatch):
+    """What is not where the table has it is searched, or the process is refused: never used."""
+    with started(python, PROGRAM) as process:
+        right = ready(process)
+        ask(process, "context")
+        layout = right.layout
+
+        def wrong(**changes: Any) -> Interpreter | NotReady | Unsupported | None:
+            changed = dataclasses.replace(layout, **changes)
+            monkeypatch.setattr(interpreters, "_layout", lambda binary: changed)
+            return find_interpreter(process.pid)
+
+        for name in ("tstate_interpreter", "interpreter_modules"):
+            state = wrong(**{name: getattr(layout, name) + 8})
+            assert isinstance(state, Unsupported) and "layout is not that of" in state.reason
+        state = wrong(tstate_context=layout.tstate_context + 16)
+        assert isinstance(state, Interpreter) and state.contexts
+        assert int(state.record["tstate_context"]) == layout.tstate_context
+        monkeypatch.undo()
+        monkeypatch.setattr(slots, "GLIBC_SPECIFIC", slots.GLIBC_SPECIFIC + 16)
+        monkeypatch.setattr(slots, "READ_FS", b"none")
+        ask(process, "add 2")
+        state = find_interpreter(process.pid)
+        if python.minor < 15:  # there the running thread may have it in two places
+            assert isinstance(state, Interpreter)
+        if isinstance(state, Interpreter):
+            assert state.tss == right.tss
 
 
 # ---- memory ----

@@ -163,7 +163,7 @@ def test_threads_that_run_are_read_whole_or_marked(python) -> None:
                     for frame in thread.stack.frames:
                         if frame.name in ("climb", "churn"):
                             assert frame.line is not None
-                            assert "climb(" in lines[frame.line - 1] or "depth" in lines[frame.line - 1]
+                            assert re.search("climb|depth|while", lines[frame.line - 1])
                     seen["depths"] |= 1 << min(names.count("climb"), 50)
         asleep, main = by_name["asleep"], by_name["MainThread"]
         assert asleep.does.startswith("sleeps") and main.does == "reads from fd 0 (pipe)"
@@ -191,9 +191,12 @@ def test_tasks_of_uvloop() -> None:
 
 def _compare_tasks(look: Look, note: dict[str, Any], eager: bool) -> None:
     assert look.tasks is not None
-    assert {task.name for task in look.tasks} == set(note)
+    # 3.15's all_tasks() leaves out a task that is made in Python
+    assert {task.name for task in look.tasks} == {*note, "in Python"}
     for task in look.tasks:
         assert task.name is not None
+        if task.name not in note:
+            continue
         assert listed(task.frames) == note[task.name], task.name
         assert not task.torn
     by_name = {task.name: task for task in look.tasks}
@@ -231,7 +234,7 @@ def test_the_screen_and_json(python) -> None:
         assert f"process {process.pid}  " in screen
         assert "näive_名前" in screen and "/srv/café/名前 🐍.py:5" in screen
         assert "… the last frame, 49 more times" in screen
-        assert screen.count("in_sort") == 1
+        assert len(re.findall(r"^    in_sort  +/", screen, re.M)) == 1
 
 
 def test_the_process_is_left_as_it_was(python) -> None:

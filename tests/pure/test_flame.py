@@ -74,6 +74,22 @@ def test_each_tick_weighs_a_period_and_functions_merge(tmp_path):
     assert profile.total_ns == 7 * PERIOD
 
 
+def test_the_loop_that_runs_bytecode_is_the_python_function_itself(tmp_path):
+    story = shop()
+    for native in ("libpython3.10.so.1.0 _PyEval_EvalFrameDefault", "python3.10",
+                   "python _PyEval_EvalFrameDefault.cold", None):  # fmt: skip
+        story.tick(SHOP, 1, native=native)
+    story.tick(SHOP, 1, native="python3.10 PyDict_GetItem")
+    story.tick(SHOP, None, native="python3.10")  # without a stack it is all that is known
+    story.tick(SHOP, 1, native="[kernel]")
+    assert weights(on_cpu(story.record(tmp_path / "a.scope"))) == {
+        f"web;gunicorn;{PYTHON}": 4 * PERIOD,
+        f"web;gunicorn;{PYTHON};python3.10 PyDict_GetItem": PERIOD,
+        f"web;gunicorn;{PYTHON};[kernel]": PERIOD,
+        "web;gunicorn;python3.10": PERIOD,
+    }
+
+
 def test_the_period_is_the_recordings(tmp_path):
     story = shop()
     story.tick(SHOP, 1)

@@ -42,7 +42,9 @@ def test_the_format_follows_the_name_of_the_file(path, tmp_path):
         assert result.stdout == ""
         assert result.stderr.startswith("wrote 20.2 ms in 2 stacks to ")
         assert os.stat(tmp_path / name).st_mode & 0o777 == 0o600
-    ET.parse(tmp_path / "a.svg")  # noqa: S314 - it is ours
+    heading = ET.parse(tmp_path / "a.svg").find(".//*[@id='heading']")  # noqa: S314 - it is ours
+    assert heading is not None
+    assert heading.text == "on the CPU, 99 samples a second: shop.scope"
     scope = json.loads((tmp_path / "b.speedscope.json").read_text())
     assert scope["profiles"][0]["endValue"] == 2 * PERIOD
     assert (tmp_path / "c.folded").read_text().splitlines() == [

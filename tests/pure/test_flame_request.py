@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from scope_ebpf.analysis.flame_request import of_request
+from scope_ebpf.analysis.flame_request import _with_descendants, of_request
 from scope_ebpf.analysis.profile import Profile
 from scope_ebpf.recording.reader import Recording
 from tests.pure.recordings import at
@@ -175,3 +175,26 @@ def test_without_anything_it_says_why(tmp_path):
     families.remove("samples")
     profile, _ = profile_of(story.record(tmp_path / "b.scope", families=families))
     assert "samples in --families" in (profile.empty or "")
+
+
+def test_contexts_of_a_span_are_its_own_and_those_made_meanwhile(tmp_path):
+    story = StackStory()
+    for context, parent, time_ns in ((11, 1, 50), (12, 11, 60), (13, 1, 150), (14, 12, 160),
+                                     (2, 1, 55), (21, 2, 70)):  # fmt: skip
+        story.row("contexts", time_ns=at(time_ns), tgid=WEB, tid=WEB, context=context,
+                  parent=parent, kind=1)  # fmt: skip
+    # the third one is handled in a context that was made in the first one's
+    spans = pl.DataFrame(
+        {
+            "tgid": WEB,
+            "tid": WEB,
+            "span_id": [1, 2, 3],
+            "context": [1, 1, 2],
+            "from_ns": [at(0), at(100), at(58)],
+            "to_ns": [at(100), at(200), at(90)],
+        },
+        schema_overrides={"tgid": pl.UInt32, "context": pl.UInt64},
+    )
+    found = _with_descendants(story.record(tmp_path / "a.scope"), spans)
+    contexts = found.group_by("span_id").agg(pl.col("context").sort()).sort("span_id")
+    assert contexts.rows() == [(1, [1, 11, 12]), (2, [1, 13]), (3, [2, 21])]

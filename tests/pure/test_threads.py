@@ -189,6 +189,15 @@ def test_a_thread_id_that_is_used_again_is_another_thread(tmp_path):
     ]
 
 
+def test_a_thread_whose_end_was_lost_ends_where_its_number_is_used_again(tmp_path):
+    story = web()
+    story.begin(WEB, 101, "first", 1_000 * MS)
+    story.begin(WEB, 101, "second", 3_000 * MS)
+    found = thread_times(story.record(tmp_path / "a.scope")).filter(pl.col("tid") == 101)
+    rows = found.sort("start_ns").select("wall_ns", "ended").rows()
+    assert rows == [(2_000 * MS, True), (2_000 * MS, False)]
+
+
 def test_exec_ends_the_other_threads(tmp_path):
     story = web()
     story.thread(WEB, 101, "pool-0")

@@ -338,10 +338,9 @@ def send(log, parent, ends):
 BRANCHES = (leaf, consume, close_over, catch, by_c, comprehend, objects, drive)
 
 
-def run_tree(log, seconds, depth):
+def run_tree(log, seconds, depth, ends):
     """The root: all of a thread's log lies within this call."""
     here(log, 0, ENTER)
-    ends = socket.socketpair()
     end_ns = now() + seconds * 1_000_000_000
     sent_ns = 0
     while now() < end_ns:
@@ -377,8 +376,9 @@ def main():
 
     def work(log):
         log.tid = threading.get_native_id()
+        ends = socket.socketpair()
         begun = time.thread_time()
-        run_tree(log, seconds, depth)
+        run_tree(log, seconds, depth, ends)
         log.cpu_seconds = time.thread_time() - begun
 
     others = [threading.Thread(target=work, args=(log,)) for log in logs[1:]]
@@ -396,7 +396,7 @@ def main():
 def names_of(code):
     """The names by which functions are known: co_qualname, up to 3.10 co_name."""
     for constant in code.co_consts:
-        if hasattr(constant, "co_name"):
+        if hasattr(constant, "co_name") and constant.co_name != "Log":
             yield constant.co_name, getattr(constant, "co_qualname", constant.co_name)
             yield from names_of(constant)
 

@@ -19,7 +19,7 @@ listener.bind(("127.0.0.1", 0))
 listener.listen(1)
 client = socket.create_connection(listener.getsockname())
 server, _ = listener.accept()
-child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+child = subprocess.Popen([sys.executable, "-c", "import os; os.read(0, 1)"], stdin=subprocess.PIPE)
 
 
 def here():
@@ -36,7 +36,7 @@ def here():
 
 
 def in_lock():
-    with open(os.devnull):
+    with threading.Lock():
         try:
             never.acquire(here())
         finally:
@@ -56,8 +56,7 @@ class Method:
         ]
 
     def block(self, number):
-        return os.read(
-            reader, here())
+        return os.read(reader, here())
 
 
 def generate(count):
@@ -84,7 +83,7 @@ def deep(count):
 
 def in_sort():
     """A frame that C calls."""
-    sorted([2, 1], key=lambda number: listener.accept(*[][:here() - 1]))
+    sorted([2, 1], key=lambda number: listener._accept(*[][:here() - 1]))
 
 
 def in_child():
@@ -128,7 +127,8 @@ for name, target in [
     sys.setrecursionlimit(DEPTH + 500)
     threading.stack_size(64 << 20)
     Threaded(target=target, name=name, daemon=True).start()
-    recorded.acquire()
+    if not recorded.acquire(timeout=20):
+        sys.exit(1)
 
 
 def tell():
