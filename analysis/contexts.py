@@ -6,6 +6,9 @@ context is a copy of the one in which it was made (CPython's Lib/asyncio/tasks.p
 one above it, handled. A thread of a pool that has no such context works on the item that it took from
 the pool's queue last, and so for whoever put it there.
 
+Where a process has greenlets, a thread's own stack is met as one, too. So a thread itself is context 0,
+or the greenlet that waits for several things, as the event loop does; other greenlets never do.
+
 An event loop receives in contexts of its own, one for each connection's reader. A server's span is
 therefore owned by the context that sent its response, or the topmost one above that which was made
 after the request had come (a task for each request, as uvicorn and aiohttp make them); if none was,
@@ -89,7 +92,10 @@ class Lineage:
         copied = (kind == "copied") | ((kind == "new") & (pl.col("parent") != 0))
         self._copied = known.select(copied.fill_null(value=False)).to_series().to_numpy()
         self._greenlet = known.select((kind == "greenlet").fill_null(value=False)).to_series()
-        self._taken = _taken_items(handoffs, births)
+        threads_themselves = (pl.col("context") == 0) | pl.col("context").is_in(
+            known.filter(kind == "greenlet")["context"].implode()
+        )
+        self._taken = _taken_items(handoffs, births, threads_themselves)
 
     def rows_of(self, context: NDArray[np.uint64]) -> Rows:
         """Where the contexts stand here; -1: what made them is not known."""
@@ -105,6 +111,10 @@ class Lineage:
         found[found] = self._greenlet.to_numpy()[rows[found]]
         return found
 
+    def is_stack(self, context: NDArray[np.uint64]) -> Mask:
+        """Which are stacks of threads or greenlets, and no copies of contexts."""
+        return self.is_greenlet(context) | (context == 0)
+
     def makers(self, context: NDArray[np.uint64]) -> tuple[Points, Mask]:
         """Where contexts were made, and of which that is known."""
         rows = self.rows_of(context)
@@ -115,6 +125,21 @@ class Lineage:
         known &= self._copied[np.maximum(rows, 0)]
         return self._made.of(np.maximum(rows, 0)), known
 
+    def only_children(self, points: Points, rows: Rows) -> NDArray[np.uint64]:
+        """The only context that each of some points made before the next point of its context did.
+
+        For each of `rows`, which say which points; 0: it made none or several.
+        """
+        copies = np.flatnonzero(self._copied & (self._made.context != 0))
+        made = self._made.of(copies)
+        group, of_group = group_numbers((points.context, made.context), (points.tgid, made.tgid))
+        maker = latest_before(group, points.time_ns, of_group, made.time_ns)
+        known = maker != NONE
+        times = np.bincount(maker[known], minlength=len(points))
+        child = np.zeros(len(points), np.uint64)
+        child[maker[known]] = self._context[copies[known]]
+        return np.where(times[rows] == 1, child[rows], np.uint64(0))
+
     def origins(self, points: Points) -> tuple[Points, Mask, Mask]:
         """Where what happens at some points comes from: where its context was made, or item put.
 
@@ -124,10 +149,12 @@ class Lineage:
         known &= points.context != 0
         taken = self._taken
         group, of_group = group_numbers(
-            (taken["tgid"].to_numpy(), points.tgid), (taken["tid"].to_numpy(), points.tid)
+            (taken["tgid"].to_numpy(), points.tgid),
+            (taken["tid"].to_numpy(), points.tid),
+            (taken["context"].to_numpy(), points.context),
         )
         last = latest_before(group, taken["time_ns"].to_numpy(), of_group, points.time_ns)
-        by_item: Mask = (points.context == 0) & (last != NONE)
+        by_item: Mask = last != NONE
         at = last[by_item]
         by_item[by_item] = taken["paired"].to_numpy()[at]
         at = last[by_item]
@@ -140,10 +167,12 @@ class Lineage:
         return before, known, by_item
 
 
-def _taken_items(handoffs: pl.DataFrame, births: pl.DataFrame) -> pl.DataFrame:
-    """What threads took from queues, and their births, sorted by time within a thread.
+def _taken_items(
+    handoffs: pl.DataFrame, births: pl.DataFrame, threads_themselves: pl.Expr
+) -> pl.DataFrame:
+    """What threads took from queues, and their births.
 
-    `tgid`, `tid`, `time_ns`; `paired`: it is known who put it there; `put_tid`, `put_context`,
+    `tgid`, `tid`, `context`, `time_ns`; `paired`: it is known who put it there; `put_tid`, `put_context`,
     `put_ns`. An address is used again: an item that was got is the one that was put there last,
     unless two were on their way at once, as the same small number or None may be.
     """
@@ -163,9 +192,10 @@ def _taken_items(handoffs: pl.DataFrame, births: pl.DataFrame) -> pl.DataFrame:
     )
     paired = pl.col("put_before") & (pl.col("waiting") == 1)
     # What is got within a task is the task's affair: its thread goes on with what it did.
-    gots = events.filter(~pl.col("put") & (pl.col("context") == 0)).select(
+    gots = events.filter(~pl.col("put") & threads_themselves).select(
         "tgid",
         "tid",
+        "context",
         "time_ns",
         pl.col("put_tid").fill_null(0),
         pl.col("put_context").fill_null(0),
@@ -175,6 +205,7 @@ def _taken_items(handoffs: pl.DataFrame, births: pl.DataFrame) -> pl.DataFrame:
     born = births.join(gots, on=["tgid", "tid"], how="semi").select(
         "tgid",
         "tid",
+        pl.lit(0, dtype=pl.UInt64).alias("context"),
         "time_ns",
         put_tid=pl.lit(0, dtype=pl.UInt32),
         put_context=pl.lit(0, dtype=pl.UInt64),
@@ -226,18 +257,23 @@ def own_requests(
     other = own & (made.context != 0) & (latest != NONE) & (latest != np.arange(len(rows)))
     # A thread that handles it alone, and made a context on the way
     ends = exchanges["end_ns"].fill_null(np.iinfo(np.int64).max).to_numpy()[rows]
-    within = own & (reader == 0) & (made.context == 0)
+    within = own & lineage.is_stack(reader) & (made.context == reader)
     within &= (made.tid == tid) & (exchanges["response_tid"].to_numpy()[rows] == tid)
     within &= ~waited_for_several(loops, tgid, tid, came, ends)
     own &= ~other & ~within
     owner = np.where(own, top, np.where((sender != 0) & ~other & ~within, sender, reader))
+    # not answered yet: the only context that was made where it was received
+    unanswered = np.flatnonzero((sender == 0) & (reader != 0))
+    only = lineage.only_children(Points(tgid, tid, reader, came), unanswered)
+    owner[unanswered] = np.where(only != 0, only, owner[unanswered])
+    own[unanswered] = only != 0
     context, received_in = (
         exchanges["context"].to_numpy().copy(),
         np.zeros(len(exchanges), np.uint64),
     )
     made_for = np.zeros(len(exchanges), np.bool_)
     context[rows] = owner
-    received_in[rows] = np.where(reader != owner, reader, 0)
+    received_in[rows] = np.where((reader != owner) & ~lineage.is_stack(reader), reader, 0)
     made_for[rows] = own
     return exchanges.with_columns(
         context=pl.Series(context, dtype=pl.UInt64),
@@ -267,14 +303,24 @@ def _topmost_since(
 
 
 def waited_for_several(
-    loops: pl.DataFrame | None, tgid: NDArray[Any], tid: NDArray[Any], since: Times, until: Times
+    loops: pl.DataFrame | None,
+    tgid: NDArray[Any],
+    tid: NDArray[Any],
+    since: Times,
+    until: Times,
+    *,
+    context: NDArray[np.uint64] | None = None,
 ) -> Mask:
-    """Which threads waited for several things in [since, until); all, if that was not recorded."""
+    """Which threads waited for several things in [since, until); all, if that was not recorded.
+
+    `context`: only waits in it.
+    """
     if loops is None:
         return np.ones(len(tgid), np.bool_)
-    thread, of_thread = group_numbers(
-        (loops["tgid"].to_numpy(), tgid), (loops["tid"].to_numpy(), tid)
-    )
+    columns = [(loops["tgid"].to_numpy(), tgid), (loops["tid"].to_numpy(), tid)]
+    if context is not None:
+        columns.append((loops["context"].to_numpy(), context))
+    thread, of_thread = group_numbers(*columns)
     times = loops["start_ns"].to_numpy()
     before = count_before(thread, times, of_thread, since)
     waited: Mask = count_before(thread, times, of_thread, until) > before
@@ -343,15 +389,17 @@ def trace(points: Points, owners: Owners, lineage: Lineage, loops: pl.DataFrame 
         if len(owned):
             inside = found & (at.time_ns < owners.end_ns[row])
             found &= owners.apart[row] & (inside | owners.made_for[row])
-            threads = np.flatnonzero(found & (at.context == 0))
-            found[threads] = step > 0
-            if step > 0 and len(threads):
-                found[threads] &= inside[threads] & ~waited_for_several(
+            if step == 0:
+                found &= at.context != 0
+            stacks = np.flatnonzero(found & lineage.is_stack(at.context))
+            if len(stacks):
+                found[stacks] &= inside[stacks] & ~waited_for_several(
                     loops,
-                    at.tgid[threads],
-                    at.tid[threads],
-                    owners.start_ns[row[threads]],
-                    at.time_ns[threads],
+                    at.tgid[stacks],
+                    at.tid[stacks],
+                    owners.start_ns[row[stacks]],
+                    at.time_ns[stacks],
+                    context=at.context[stacks],
                 )
             hit = active[found]
             traced.request[hit] = owners.request[row[found]]

@@ -346,7 +346,7 @@ def _with_loops_of_jobs(
     several = pushed & ~alone
     unsure = last & (jobs["kind"] != "delivery")
     looped = jobs.filter(pl.Series(waited) | several | unsure).select(
-        "tgid", "tid", start_ns="received_ns"
+        "tgid", "tid", "context", start_ns="received_ns"
     )
     return pl.concat([loops, looped])
 

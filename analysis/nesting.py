@@ -96,7 +96,10 @@ REASONS: Final = (
 
 
 def read_loops(recording: Recording) -> pl.DataFrame | None:
-    """The calls that wait for several things: tgid, tid, start_ns; None if calls are not recorded."""
+    """The calls that wait for several things: tgid, tid, context, start_ns.
+
+    None if calls are not recorded.
+    """
     if "syscalls" not in recording.meta.families:
         return None
     several = _is_call(recording, MULTIPLEXING)
@@ -104,12 +107,14 @@ def read_loops(recording: Recording) -> pl.DataFrame | None:
     # one event at most: perhaps because there is one descriptor
     one = _is_call(recording, _EPOLL_WAITS) & (pl.col("arg2") == 1)
     calls = recording.collect(
-        recording.syscalls.filter(several).select("tgid", "tid", "start_ns", "arg0", one=one)
+        recording.syscalls.filter(several).select(
+            "tgid", "tid", "context", "start_ns", "arg0", one=one
+        )
     )
     waits = calls.filter("one")
     if not waits.is_empty():
         calls = pl.concat([calls.filter(~pl.col("one")), _of_several(recording, waits)])
-    return calls.select("tgid", "tid", "start_ns")
+    return calls.select("tgid", "tid", "context", "start_ns")
 
 
 def _is_call(recording: Recording, names: list[str]) -> pl.Expr:

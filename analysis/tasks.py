@@ -218,18 +218,19 @@ def _that_did_something(tasks: pl.DataFrame) -> pl.DataFrame:
     """Tasks that did something, each with the nearest such one above it as its parent."""
     did = (pl.col("calls") > 0) | (pl.col("samples") > 0) | (pl.col("requests") > 0)
     kept = tasks.select(did | (pl.col("wait_ns") > 0)).to_series().to_numpy()
-    above = rows_of_parents(tasks)
-    # skip what did nothing: each round doubles the distance
-    for _ in range(64):
-        idle = (above >= 0) & ~kept[np.maximum(above, 0)]
-        if not idle.any():
+    direct = rows_of_parents(tasks)
+    # the last place is nobody's; what did something stays, and each round doubles the distance
+    nearest = np.r_[np.where(kept, np.arange(len(tasks)), direct), -1]
+    for _ in range(40):
+        further = nearest[nearest]
+        if np.array_equal(further, nearest):
             break
-        above = np.where(idle, above[np.maximum(above, 0)], above)
+        nearest = further
+    above = nearest[direct]
     context = tasks["context"].to_numpy()
     # a parent that is not in the table stays as it is told
     told = tasks["parent"].to_numpy()
-    known = rows_of_parents(tasks) >= 0
-    parent = np.where(above >= 0, context[np.maximum(above, 0)], np.where(known, 0, told))
+    parent = np.where(above >= 0, context[np.maximum(above, 0)], np.where(direct >= 0, 0, told))
     return tasks.with_columns(parent=pl.Series(parent, dtype=pl.UInt64)).filter(pl.Series(kept))
 
 

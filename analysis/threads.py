@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import polars as pl
@@ -301,8 +301,3 @@ def _holders(recording: Recording, lives: pl.DataFrame, gil: pl.DataFrame) -> pl
         .join(rows.with_columns(pl.col("life").cast(pl.Int64)), on="life")
         .select(*LIFE, pl.col("gil_holders").cast(HOLDERS))
     )
-
-
-def totals(threads: pl.DataFrame) -> dict[str, Any]:
-    """Sums over threads of `wall_ns` and each part."""
-    return threads.select(pl.col("wall_ns", *PARTS).sum()).row(0, named=True)

@@ -532,7 +532,7 @@ struct cpu_state {
 	__u64 context;	   /* of `task`: the logical context that the last flow record told */
 	__u64 waited_ns;   /* of `task`: how long it was off the CPU in the call in flight */
 	__u64 contexts_made; /* on this CPU: ids are made of it */
-	__u64 reserved0[1];
+	__u64 thread_state; /* of `task`: its PyThreadState, 0: ask again */
 	/* producers */
 	__u64 hot_head; /* slots ever reserved */
 	__u64 wide_head;

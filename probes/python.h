@@ -25,6 +25,7 @@
 
 enum {
 	MAX_CHUNKS = 16, /* of a data stack: each holds 16 KiB or more */
+	STATE_WORDS = 16, /* of a PyThreadState that are read at once */
 	CONTEXT_ID_BITS = 40, /* of the count of contexts that a CPU made; the rest is the CPU's number */
 };
 
@@ -67,10 +68,45 @@ static __always_inline __u64 read_user_word(__u64 address)
 	return word;
 }
 
-/* The current thread's PyThreadState, 0: it has none (yet). */
-static __always_inline __u64 thread_state(struct interpreter *python, struct task_struct *task)
+/*
+ * The current thread's PyThreadState, 0: it has none (yet). Once found it is kept until the thread leaves the
+ * CPU: who reads it checks that it is still this thread's.
+ */
+static __always_inline __u64 thread_state(struct cpu_state *cpu, struct interpreter *python,
+					  struct task_struct *task)
 {
-	return read_user_word(THREAD_POINTER(task) + python->tss);
+	bool here = cpu->task == (__u64)task;
+	__u64 state;
+
+	if (here && cpu->thread_state)
+		return cpu->thread_state;
+	state = read_user_word(THREAD_POINTER(task) + python->tss);
+	if (here)
+		cpu->thread_state = state;
+	return state;
+}
+
+/*
+ * Words of the current thread's PyThreadState from thread_id to context, in one read: each read costs 50 ns
+ * and more. A state that was freed since is another thread's now, has no context any more, or cannot be read.
+ */
+static __always_inline __u64 context_address(struct cpu_state *cpu, struct interpreter *python,
+					     struct task_struct *task, __u64 *state)
+{
+	__u64 words[STATE_WORDS] = {}, place = python->tstate_context - python->tstate_thread_id;
+	int i;
+
+	for (i = 0; i < 2; i++) {
+		*state = thread_state(cpu, python, task);
+		if (!*state)
+			return 0;
+		if (!bpf_probe_read_user(words, sizeof(words), (void *)(*state + python->tstate_thread_id)) &&
+		    words[0] == THREAD_POINTER(task))
+			return words[(place / 8) & (STATE_WORDS - 1)];
+		cpu->thread_state = 0;
+	}
+	*state = 0;
+	return 0;
 }
 
 static __always_inline bool write_context(struct cpu_state *cpu, __u64 context, __u64 parent, __u8 kind)
@@ -132,19 +168,15 @@ static __always_inline __u64 data_stack(struct interpreter *python, __u64 state)
 	return 0;
 }
 
-/* The logical context that the current thread runs in; 0: the thread itself. */
-__noinline __u64 current_context(struct cpu_state *cpu, struct interpreter *python, __u64 state)
+/* The number of the context that a thread state names; 0: the thread itself. */
+__noinline __u64 number_context(struct cpu_state *cpu, struct interpreter *python, __u64 state, __u64 address)
 {
-	__u64 address;
 	__u32 entered = 0;
 
 	if (!cpu || !python || !state)
 		return 0;
-	if (python->flags & INTERPRETER_CONTEXTS) {
-		address = read_user_word(state + python->tstate_context);
-		if (address)
-			bpf_probe_read_user(&entered, sizeof(entered),
-					    (void *)(address + python->context_entered));
+	if (address && python->flags & INTERPRETER_CONTEXTS) {
+		bpf_probe_read_user(&entered, sizeof(entered), (void *)(address + python->context_entered));
 		if (entered)
 			return number_of(cpu, address, CONTEXT_MET);
 	}
@@ -154,6 +186,17 @@ __noinline __u64 current_context(struct cpu_state *cpu, struct interpreter *pyth
 			return number_of(cpu, address + 1, CONTEXT_GREENLET);
 	}
 	return 0;
+}
+
+/* The logical context that the current thread runs in. */
+__noinline __u64 current_context(struct cpu_state *cpu, struct interpreter *python)
+{
+	__u64 state, address;
+
+	if (!cpu || !python)
+		return 0;
+	address = context_address(cpu, python, bpf_get_current_task_btf(), &state);
+	return number_context(cpu, python, state, address);
 }
 
 /*
@@ -170,7 +213,7 @@ __noinline int follow_context(struct cpu_state *cpu)
 	python = interpreter_at(cpu->interpreter);
 	if (!python || !(python->flags & (INTERPRETER_CONTEXTS | INTERPRETER_GREENLETS)))
 		return 0;
-	context = current_context(cpu, python, thread_state(python, bpf_get_current_task_btf()));
+	context = current_context(cpu, python);
 	if (context != cpu->context && !write_flow(cpu, context))
 		cpu->flight.refused = 1;
 	return 0;
@@ -202,7 +245,7 @@ static __always_inline int made_context(struct pt_regs *regs, __u8 kind)
 	python = interpreter_at(interpreter_here(cpu, task));
 	if (!python)
 		return 0;
-	parent = current_context(cpu, python, thread_state(python, task));
+	parent = current_context(cpu, python);
 	python->flags |= INTERPRETER_CONTEXTS;
 	context = new_context_number(cpu);
 	/* without a row of its own it is still another one than what had that address */
@@ -238,7 +281,7 @@ static __always_inline int write_handoff(struct pt_regs *regs, __u64 item, __u64
 	python = interpreter_at(interpreter_here(cpu, task));
 	if (!python)
 		return 0;
-	context = current_context(cpu, python, thread_state(python, task));
+	context = current_context(cpu, python);
 	handoff = hot_reserve(cpu, &index);
 	if (!handoff) {
 		count_loss(cpu, LOSS_HANDOFFS);

@@ -82,6 +82,7 @@ static __noinline int look_up_running(struct cpu_state *cpu, __u64 registers, __
 	cpu->running = registers;
 	cpu->traced = cpu->in_flight = cpu->recorded = 0;
 	cpu->interpreter = 0;
+	cpu->thread_state = 0;
 	cpu->task = (__u64)task;
 	record = record_of(task);
 	if (!record && record_everything && task->tgid != recorder_tgid) {
@@ -169,6 +170,7 @@ int BPF_PROG(on_sched_switch, bool preempted, struct task_struct *previous, stru
 	}
 	cpu->running = cpu->traced = cpu->in_flight = cpu->recorded = 0;
 	cpu->interpreter = 0;
+	cpu->thread_state = 0;
 	cpu->task = (__u64)next;
 	if (next->pid)
 		switch_in(cpu, next, now);

@@ -21,6 +21,7 @@
 enum {
 	COPIED_BYTES = 8192,
 	FRAME_READ_BYTES = 128,
+	STATE_BYTES = 256, /* of a PyThreadState, from its frame on: all that a walk needs of it */
 	EPOCHS = 4096,
 	/* two walks may be under way on a CPU: the sampling clock interrupts programs */
 	WALKS = 2,
@@ -39,6 +40,7 @@ struct walk {
 	__u32 truncated;
 	__u32 reserved;
 	struct frame frames[STACK_FRAMES];
+	char state[STATE_BYTES];
 	char one[FRAME_READ_BYTES];
 	char copy[COPIED_BYTES + FRAME_READ_BYTES];
 };
@@ -109,15 +111,21 @@ static __always_inline char *reach_frame(struct walk *walk, struct interpreter *
 
 #define FIELD_MASK (FRAME_READ_BYTES - 8)
 
-static __always_inline void copy_data_stack(struct walk *walk, struct interpreter *python, __u64 state)
+/* A field of the thread state; it lies behind that of the frame. */
+static __always_inline __u64 state_field(struct walk *walk, struct interpreter *python, __u16 offset)
+{
+	return *(__u64 *)(walk->state + ((offset - python->tstate_frame) & (STATE_BYTES - 8)));
+}
+
+static __always_inline void copy_data_stack(struct walk *walk, struct interpreter *python)
 {
 	__u64 top, chunk, size;
 
 	walk->copied = 0;
 	if (python->flags & INTERPRETER_HEAP_FRAMES)
 		return;
-	top = read_user_word(state + python->tstate_datastack_top);
-	chunk = read_user_word(state + python->tstate_datastack_chunk);
+	top = state_field(walk, python, python->tstate_datastack_top);
+	chunk = state_field(walk, python, python->tstate_datastack_chunk);
 	size = top - chunk;
 	if (!chunk || size > 1 << 30)
 		return;
@@ -134,9 +142,9 @@ static __always_inline __u64 mix_hash(__u64 hash, __u64 word)
 	return hash ^ hash >> 32;
 }
 
-static __always_inline __u64 first_frame(struct interpreter *python, __u64 state)
+static __always_inline __u64 first_frame(struct walk *walk, struct interpreter *python)
 {
-	__u64 frame = read_user_word(state + python->tstate_frame);
+	__u64 frame = state_field(walk, python, python->tstate_frame);
 
 	if (python->flags & INTERPRETER_CFRAME && frame)
 		frame = read_user_word(frame + python->cframe_frame);
@@ -186,16 +194,16 @@ __noinline int take_frame(struct walk *walk, struct interpreter *python)
 	return true;
 }
 
-/* Fills walk->frames and walk->hash; returns how many frames. */
-__noinline int walk_frames(struct walk *walk, struct interpreter *python, __u64 state)
+/* From walk->state fills walk->frames and walk->hash; returns how many frames. */
+__noinline int walk_frames(struct walk *walk, struct interpreter *python)
 {
 	__u32 i;
 
 	if (!walk || !python)
 		return 0;
-	walk->next = first_frame(python, state);
+	walk->next = first_frame(walk, python);
 	walk->truncated = walk->taken = 0;
-	copy_data_stack(walk, python, state);
+	copy_data_stack(walk, python);
 	/* shims are passed over, so that there may be more frames than are kept */
 	for (i = 0; i < 2 * STACK_FRAMES && walk->next; i++)
 		if (!take_frame(walk, python))
@@ -373,48 +381,72 @@ __noinline int tell_stack(struct cpu_state *cpu, struct walk *walk, struct inter
 
 /* ---- samples --------------------------------------------------------------------------------------- */
 
-/* The current thread's Python stack: its hash, 0: it has none, or it could not be read. */
-static __always_inline __u64 take_stack(struct cpu_state *cpu, struct interpreter *python, __u64 state,
-					__u64 time_ns, bool interrupt)
+/* Reads the current thread's PyThreadState into walk->state; returns its address, 0: it has none. */
+static __always_inline __u64 read_state(struct cpu_state *cpu, struct walk *walk, struct interpreter *python,
+					struct task_struct *task)
 {
-	__u32 index = bpf_get_smp_processor_id() * WALKS + interrupt;
+	__u64 state;
+	int i;
+
+	for (i = 0; i < 2; i++) {
+		state = thread_state(cpu, python, task);
+		if (!state)
+			return 0;
+		if (!bpf_probe_read_user(walk->state, STATE_BYTES, (void *)(state + python->tstate_frame)) &&
+		    state_field(walk, python, python->tstate_thread_id) == THREAD_POINTER(task))
+			return state;
+		cpu->thread_state = 0;
+	}
+	return 0;
+}
+
+/* The current thread's Python stack and context; 0: it has none, or it could not be read. */
+__noinline int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 interrupt)
+{
+	__u32 index = bpf_get_smp_processor_id() * WALKS + (interrupt & 1);
 	struct task_struct *task = bpf_get_current_task_btf();
-	struct walk *walk = bpf_map_lookup_elem(&walks, &index);
+	struct interpreter *python;
+	struct walk *walk;
+	__u64 state;
 	int count;
 
-	if (!walk || !(python->flags & INTERPRETER_STACKS))
+	if (!cpu || !sample)
 		return 0;
-	walk->time_ns = time_ns;
+	walk = bpf_map_lookup_elem(&walks, &index);
+	python = interpreter_at(interpreter_here(cpu, task));
+	if (!walk || !python || !(python->flags & INTERPRETER_STACKS))
+		return 0;
+	state = read_state(cpu, walk, python, task);
+	if (!state)
+		return 0;
+	sample->context =
+		number_context(cpu, python, state, state_field(walk, python, python->tstate_context));
 	walk->tgid = task->tgid;
 	walk->born = birth_of(task);
 	walk->hash = mix_hash(epoch_of(walk->tgid), (__u64)walk->tgid << 32 | walk->born);
-	count = walk_frames(walk, python, state);
+	count = walk_frames(walk, python);
 	if (count <= 0)
 		return 0;
-	if (!bpf_map_lookup_elem(&stacks_told, &walk->hash))
+	if (!bpf_map_lookup_elem(&stacks_told, &walk->hash)) {
+		/* not the time of the sample: that may be before its code objects were freed and made anew */
+		walk->time_ns = bpf_ktime_get_ns();
 		tell_stack(cpu, walk, python, count);
-	return walk->hash;
+	}
+	sample->stack = walk->hash;
+	return 0;
 }
 
 /* `instruction`: where the clock interrupted user space, 0: the kernel. */
 __noinline int take_sample(struct cpu_state *cpu, __u32 reason, __u64 time_ns, __u64 duration_ns,
 			   __u64 instruction)
 {
-	__u64 identity = bpf_get_current_pid_tgid(), index, state = 0, context = 0, stack = 0;
-	struct task_struct *task = bpf_get_current_task_btf();
-	struct interpreter *python;
+	__u64 identity = bpf_get_current_pid_tgid(), index;
+	struct sample taken = {};
 	struct sample *sample;
 
 	if (!cpu)
 		return 0;
-	python = interpreter_at(interpreter_here(cpu, task));
-	if (python)
-		state = thread_state(python, task);
-	if (state) {
-		context = current_context(cpu, python, state);
-		/* described no earlier than now: the codes that it refers to may be new */
-		stack = take_stack(cpu, python, state, bpf_ktime_get_ns(), reason == SAMPLE_CPU);
-	}
+	take_stack(cpu, &taken, reason == SAMPLE_CPU);
 	sample = hot_reserve(cpu, &index);
 	if (!sample) {
 		count_loss(cpu, LOSS_SAMPLES);
@@ -426,8 +458,8 @@ __noinline int take_sample(struct cpu_state *cpu, __u32 reason, __u64 time_ns, _
 	sample->time_ns = time_ns;
 	sample->tgid = identity >> 32;
 	sample->tid = identity;
-	sample->context = context;
-	sample->stack = stack;
+	sample->context = taken.context;
+	sample->stack = taken.stack;
 	sample->instruction = instruction;
 	sample->duration_ns = duration_ns;
 	sample->in_kernel = reason == SAMPLE_CPU && !instruction;

@@ -526,7 +526,7 @@ CPU_STATE: np.dtype[Any] = np.dtype(
         ("context", "<u8"),
         ("waited_ns", "<u8"),
         ("contexts_made", "<u8"),
-        ("reserved0", ("<u8", (1,))),
+        ("thread_state", "<u8"),
         ("hot_head", "<u8"),
         ("wide_head", "<u8"),
         ("lost", ("<u8", (22,))),

@@ -3,7 +3,8 @@
 
     scripts/generate_python_offsets.py [--write] [--debian] [INCLUDE...]
 
-Without --write it prints the module. The numbers are what the C compiler makes of CPython's own headers, the internal ones included. They are sought
+Without --write it prints the module. The numbers are what the C compiler makes of CPython's own
+headers, the internal ones included. They are sought
 
 - in each INCLUDE, a folder with a folder python3.X in it,
 - in the prefixes of pyenv, and in /usr/include and /usr/local/include,

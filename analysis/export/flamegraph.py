@@ -80,11 +80,12 @@ def _places(root: Node, least_ns: float) -> Iterator[tuple[Node, int, int]]:
         node, start_ns, depth = waiting.pop()
         if depth >= 0:
             yield node, start_ns, depth
-        at = start_ns
+        at, children = start_ns, []
         for child in node.by_weight():
             if child.weight_ns >= least_ns and child.weight_ns > 0:
-                waiting.append((child, at, depth + 1))
+                children.append((child, at, depth + 1))
             at += child.weight_ns
+        waiting += reversed(children)
 
 
 def _weights(root: Node) -> list[int]:
@@ -141,12 +142,18 @@ def _box(frame: Frame, node: Node, start_ns: int, depth: int, top: int, total_ns
     right = round((start_ns + node.weight_ns) * room / total_ns, 2)
     x, y, width = MARGIN + left, top + depth * ROW, right - left
     label = shown(frame.label())
+    # where a box is too small for `libc.so.6 memcpy`, the function tells more than the library
+    short = label.partition(" ")[2] if frame.kind == "native" else ""
+    text = fitting(label, width)
+    if short and text != label:
+        text = fitting(short, width)
     return (
-        f'<g class="f" data-s="{start_ns}" data-w="{node.weight_ns}" data-d="{depth}">'
+        f'<g class="f" data-s="{start_ns}" data-w="{node.weight_ns}" data-d="{depth}"'
+        f"{f' data-n={quoteattr(short)}' if short else ''}>"
         f"<title>{escape(_about(frame, label, node, total_ns))}</title>"
         f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{ROW - 1}" rx="1" '
         f"fill={quoteattr(_colour(frame.kind, frame.file or frame.name))}/>"
-        f'<text x="{x + PAD:.2f}" y="{y + 12.5}">{escape(fitting(label, width))}</text></g>\n'
+        f'<text x="{x + PAD:.2f}" y="{y + 12.5}">{escape(text)}</text></g>\n'
     )
 
 

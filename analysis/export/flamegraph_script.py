@@ -30,7 +30,7 @@ SCRIPT: Final = r"""
     return {
       node: node, rect: node.querySelector("rect"), text: node.querySelector("text"),
       start: +node.dataset.s, weight: +node.dataset.w, depth: +node.dataset.d,
-      title: node.querySelector("title").textContent, hit: false
+      title: node.querySelector("title").textContent, short: node.dataset.n || "", hit: false
     };
   });
   var zoomed = null, width = +svg.getAttribute("width");
@@ -77,7 +77,8 @@ SCRIPT: Final = r"""
       frame.rect.setAttribute("x", x.toFixed(2));
       frame.rect.setAttribute("width", Math.max(w, 0).toFixed(2));
       frame.text.setAttribute("x", (x + PAD).toFixed(2));
-      frame.text.textContent = fit(label(frame), w);
+      var text = fit(label(frame), w);
+      frame.text.textContent = frame.short && text !== label(frame) ? fit(frame.short, w) : text;
     });
     reset.style.visibility = zoomed ? "visible" : "hidden";
     count();

@@ -111,10 +111,10 @@ def look_at(tgid: int, *, all_tasks: bool = False) -> Look:
             " `pgrep -a python` lists candidates"
         )
     if isinstance(found, Unsupported):
-        raise TargetError(f"cannot look into process {tgid}: it {found.reason}")
+        raise TargetError(f"cannot look into process {tgid}: {found.reason}")
     if isinstance(found, NotReady):
         raise TargetError(
-            f"cannot look into process {tgid}: its Python is just starting; try again"
+            f"cannot look into process {tgid}: its Python is just starting, or ending; try again"
         )
     with ProcessMemory(tgid) as memory:
         try:
@@ -272,15 +272,17 @@ class _Looking:
         """Names by pthread_self: of the threading.Thread objects in threading._active."""
         names: dict[int, str] = {}
         for interpreter in interpreters:
-            try:
-                active = self._in_module(interpreter, "threading", "_active")
-                pairs = list(self._objects.pairs(active))
-            except Unreadable:
-                continue
-            for key, value in pairs:
-                with suppress(Unreadable):
-                    name = self._objects.text(self._objects.attribute(value, "_name"), 1000)
-                    names[self._objects.integer(key)] = name
+            for _ in range(_TRIES):  # threads come and go
+                try:
+                    active = self._in_module(interpreter, "threading", "_active")
+                    pairs = list(self._objects.pairs(active))
+                except Unreadable:
+                    continue
+                for key, value in pairs:
+                    with suppress(Unreadable):
+                        name = self._objects.text(self._objects.attribute(value, "_name"), 1000)
+                        names[self._objects.integer(key)] = name
+                break
         return names
 
     def _in_module(self, interpreter: int, module: str, name: str) -> int:
@@ -297,7 +299,7 @@ class _Looking:
         if self._imports(interpreters, "trio._core._run"):
             look.not_shown.append("suspended tasks of trio")
         if look.tasks is None and self._imports(interpreters, "asyncio.tasks"):
-            look.not_shown.append("suspended tasks of asyncio; --all-tasks shows them")
+            look.not_shown.append("suspended tasks of asyncio (--all-tasks shows them)")
 
     def _imports(self, interpreters: dict[int, list[ThreadState]], module: str) -> bool:
         for interpreter in interpreters:

@@ -208,9 +208,11 @@ class Waits:
     def _waits_for(self, fds: list[int], count: int) -> str:
         if not fds:
             return f"waits for {_many(count, 'descriptor')}"
-        shown = " or ".join(map(self.descriptor, fds[:_SHOWN_POLLED]))
+        if count == 1:
+            return f"waits for {self.descriptor(fds[0])}"
+        shown = ", ".join(map(self.descriptor, sorted(fds)[:_SHOWN_POLLED]))
         more = count - len(fds[:_SHOWN_POLLED])
-        return f"waits for {shown}{f' or {more} more' if more > 0 else ''}"
+        return f"waits for any of {shown}{f' and {more} more' if more > 0 else ''}"
 
     def _sleeps(self, call: str, arguments: tuple[int, ...]) -> str:
         clock, flags, request = (1, 0, arguments[0]) if call == "nanosleep" else arguments[:3]

@@ -23,11 +23,11 @@ from typing import Any
 import polars as pl
 
 from scope_ebpf.recording.reader import Recording
-from tests.live.interpreters import ROOT, Interpreter
+from tests.live.pythons import Python
 from tests.live.recording import PROGRAMS, Target
+from tests.live.roots import OWN, ROOT, clear, running
 
 CALLS = 4  # of each request, as the programs make them
-OWN = Interpreter(f"{sys.version_info[0]}.{sys.version_info[1]}", sys.executable)
 # 1,000 connections can be waiting to be accepted.
 BACKLOG = 4096
 THREADS = 16
@@ -45,7 +45,6 @@ class Kind:
     arguments: tuple[str, ...]
     contexts: bool = True  # its requests are told apart by contexts; else by threads
     share: float = 0.995  # of the calls, those that have to be found below their request
-    oldest: str = "3.8"
 
     def __str__(self) -> str:
         return self.name
@@ -67,10 +66,12 @@ KINDS = (
         for front in ("stream", "pywsgi")
         for back in ("fresh", "pool")
     ),
-    Kind("gevent-spawn-pool", "contexts_gevent", ("spawn", "pool")),
+    # What made a greenlet is not known, so half of the calls are nobody's; none must be another's.
+    Kind("gevent-spawn-pool", "contexts_gevent", ("spawn", "pool"), contexts=False, share=0.5),
     *(
-        Kind(f"{how}-{back}", "contexts_asyncio", (how, back, "asyncio"), oldest=oldest)
-        for how, oldest in (("to_thread", "3.9"), ("run_in_executor", "3.8"))
+        # run_in_executor does not pass the context on
+        Kind(f"{how}-{back}", "contexts_asyncio", (how, back, "asyncio"), contexts=contexts)
+        for how, contexts in (("to_thread", True), ("run_in_executor", False))
         for back in ("fresh", "pool")
     ),
     *(
@@ -111,26 +112,27 @@ class Server:
 
 @contextmanager
 def serving(
-    program: str, *arguments: object, interpreter: Interpreter = OWN, after: Sequence[object] = ()
+    program: str, *arguments: object, python: Python = OWN, after: Sequence[object] = ()
 ) -> Iterator[Server]:
     """Run a program that listens; its descriptor comes between the arguments and those after."""
     with socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) as listener:
         fd = listener.fileno()
         path = PROGRAMS / f"{program}.py"
-        command = interpreter.command(path, *arguments, fd, *after)
+        command = running(python, path, *arguments, fd, *after)
         # programs import from each other
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
         with Target(*command, pass_fds=[fd], env=environment) as target:
+            clear(python)
             yield Server(target, listener.getsockname()[1])
 
 
 @contextmanager
-def serving_kind(kind: Kind, backend: Server, interpreter: Interpreter = OWN) -> Iterator[Server]:
+def serving_kind(kind: Kind, backend: Server, python: Python = OWN) -> Iterator[Server]:
     """Run a server of that kind in front of a backend."""
     after: tuple[object, ...] = (backend.port,)
     if kind.program == "contexts_threads":
         after = (*after, THREADS)
-    with serving(kind.program, *kind.arguments, interpreter=interpreter, after=after) as server:
+    with serving(kind.program, *kind.arguments, python=python, after=after) as server:
         yield server
 
 
@@ -282,5 +284,3 @@ def compare_contexts(recording: Recording, tgid: int, ids: set[int], found: Comp
 def _text(payload: bytes) -> str:
     return payload.decode("latin-1")
 
-
-__all__ = ["CALLS", "KINDS", "ROOT", "Compared", "Kind", "Server", "compare", "serving"]

@@ -23,7 +23,7 @@ from tests.live.contexts import (
     serving,
     serving_kind,
 )
-from tests.live.interpreters import CHROOT_VERSIONS, found_interpreters, resolve
+from tests.live.pythons import pythons
 from tests.live.recording import Session, attached, no_losses, python_target
 
 pytestmark = pytest.mark.live
@@ -38,8 +38,6 @@ CASES = [(kind.name, load) for kind in KINDS for load in LOADS]
 CASES += [(name, CROWD) for name in CROWDED]
 EVERYWHERE = ("asyncio-streams-pool", "asyncio-protocol-fresh")
 EVERYWHERE_LOAD = (53, 25)
-PLACES = [each.name for each in found_interpreters()]
-PLACES += [f"{version}-chroot" for version in CHROOT_VERSIONS]
 SHORT = 2003
 
 
@@ -49,7 +47,6 @@ class Run:
 
     session: Session
     asked: dict[tuple[str, object], tuple[int, list[int]]]
-    missing: dict[str, str]
 
     def compared(self, name: str, load: object) -> Compared:
         """One case beside the truth."""
@@ -74,33 +71,27 @@ def run(tmp_path_factory):
                 server = servers[BY_NAME[name]]
                 asked[name, CROWD] = server.pid, server.ask(CROWD, CROWD)
             session.stop()
-    return Run(session, asked, {})
+    return Run(session, asked)
 
 
 @pytest.fixture(scope="module")
 def everywhere(tmp_path_factory):
     """Two kinds of servers in each interpreter."""
     asked: dict[tuple[str, object], tuple[int, list[int]]] = {}
-    missing = {}
     with ExitStack() as stack:
         backend = stack.enter_context(serving("contexts_backend"))
-        servers = {}
-        for place in [*found_interpreters(), *(f"{each}-chroot" for each in CHROOT_VERSIONS)]:
-            try:
-                interpreter = resolve(place)
-            except pytest.skip.Exception as reason:
-                missing[str(place)] = str(reason)
-                continue
-            for name in EVERYWHERE:
-                server = serving_kind(BY_NAME[name], backend, interpreter)
-                servers[interpreter.name, name] = stack.enter_context(server)
+        servers = {
+            (str(python), name): stack.enter_context(serving_kind(BY_NAME[name], backend, python))
+            for python in pythons()
+            for name in EVERYWHERE
+        }
         targets = [backend.target, *(server.target for server in servers.values())]
         directory = tmp_path_factory.mktemp("everywhere")
         with attached(directory, targets, "--unredacted") as session:
             for case, server in servers.items():
                 asked[case] = server.pid, server.ask(*EVERYWHERE_LOAD)
             session.stop()
-    return Run(session, asked, missing)
+    return Run(session, asked)
 
 
 def check(kind: Kind, found: Compared, requests: int) -> None:
@@ -124,11 +115,9 @@ def test_calls_are_below_their_requests(name, load, run):
 
 
 @pytest.mark.parametrize("name", EVERYWHERE)
-@pytest.mark.parametrize("place", PLACES)
-def test_in_every_interpreter(place, name, everywhere):
-    if place in everywhere.missing:
-        pytest.skip(everywhere.missing[place])
-    check(BY_NAME[name], everywhere.compared(place, name), EVERYWHERE_LOAD[0])
+@pytest.mark.parametrize("python", pythons(), ids=str)
+def test_in_every_interpreter(python, name, everywhere):
+    check(BY_NAME[name], everywhere.compared(str(python), name), EVERYWHERE_LOAD[0])
 
 
 def test_work_items_are_put_and_got_once(run):
@@ -165,7 +154,7 @@ def test_short_contexts_do_not_merge(kind, tmp_path):
         told = target.work()
     no_losses(session)
     sends = pl.DataFrame(
-        told["sends"], schema=["tid", "begin_ns", "end_ns", "number"], orient="row"
+        told["sends"], schema=["tid", "begin_ns", "end_ns", "which"], orient="row"
     ).with_columns(pl.col("tid").cast(pl.UInt32))
     rows = (
         session.table("messages")
@@ -186,8 +175,8 @@ def test_short_contexts_do_not_merge(kind, tmp_path):
     assert len(found) == len(sends) == 3 * SHORT
     assert (found["start_ns"] < found["end_ns"]).all()
     contexts = defaultdict(set)
-    for number, context in found.select("number", "context").iter_rows():
-        contexts[number].add(context)
+    for which, context in found.select("which", "context").iter_rows():
+        contexts[which].add(context)
     assert {len(each) for each in contexts.values()} == {1}
     ids = [context for each in contexts.values() for context in each]
     assert 0 not in ids and len(set(ids)) == SHORT

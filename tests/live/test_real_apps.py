@@ -21,8 +21,8 @@ import httpx
 import pytest
 
 from tests.live.contexts import BACKLOG, Compared, Server, compare_spans, serving
-from tests.live.interpreters import ROOT
 from tests.live.recording import PROGRAMS, Session, Target, attached, no_losses
+from tests.live.roots import ROOT
 
 pytestmark = pytest.mark.live
 

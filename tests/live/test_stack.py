@@ -24,24 +24,27 @@ from scope_ebpf.loaders.python.interpreters import find_interpreter
 from scope_ebpf.loaders.python.look import Look, look_at
 from scope_ebpf.loaders.python.memory import ProcessMemory
 from scope_ebpf.loaders.python.objects import Objects, Unreadable
-from tests.live.interpreters import Interpreter, interpreters, resolve
+from tests.live.pythons import Python, pythons
 from tests.live.recording import PROGRAMS, Target
+from tests.live.roots import clear, running
 
 pytestmark = pytest.mark.live
 
 PATIENCE_SECONDS = 10
+# co_name up to 3.10, then co_qualname
+HOLDER_RUN = {False: "run", True: "Thread.run"}
 Result = TypeVar("Result")
 
 
-@pytest.fixture(params=interpreters(), ids=str)
-def python(request) -> Interpreter:
-    return resolve(request.param)
+@pytest.fixture(params=pythons(), ids=str)
+def python(request) -> Iterator[Python]:
+    yield request.param
+    clear(request.param)
 
 
 @contextmanager
-def target(python: Interpreter, name: str, *arguments: object) -> Iterator[Target]:
-    command = python.command(PROGRAMS / f"{name}.py", *arguments)
-    with Target(*command) as process:
+def target(python: Python, name: str, *arguments: object) -> Iterator[Target]:
+    with Target(*running(python, PROGRAMS / f"{name}.py", *arguments)) as process:
         yield process
 
 
@@ -129,15 +132,17 @@ def test_stacks_are_exactly_those_that_the_threads_tell(python) -> None:
             assert not thread.holds_gil and not thread.waits_for_gil
         deep = next(thread for thread in look.threads if thread.name == "deep")
         assert len(deep.stack.frames) > 2000
-        if python.at_least("3.11"):
+        if python.minor >= 11:
             method = next(thread for thread in look.threads if thread.name == "method")
             assert method.stack.frames[0].name == "Method.block"
         assert look.native_threads == []
-        assert ".".join(map(str, look.version)).startswith(python.version)
+        assert look.version == python.version
 
 
 def test_threads_that_run_are_read_whole_or_marked(python) -> None:
-    climbing = re.compile(r"(climb )*churn (Thread\.)?run (Thread\.)?_bootstrap_inner (Thread\.)?_bootstrap")
+    climbing = re.compile(
+        r"(climb )*churn (Thread\.)?run (Thread\.)?_bootstrap_inner (Thread\.)?_bootstrap"
+    )
     counting = re.compile(r"count (Thread\.)?run (Thread\.)?_bootstrap_inner (Thread\.)?_bootstrap")
     seen: Counter[str] = Counter()
     with target(python, "stack_busy") as process:
@@ -167,17 +172,63 @@ def test_threads_that_run_are_read_whole_or_marked(python) -> None:
                     seen["depths"] |= 1 << min(names.count("climb"), 50)
         asleep, main = by_name["asleep"], by_name["MainThread"]
         assert asleep.does.startswith("sleeps") and main.does == "reads from fd 0 (pipe)"
-    assert seen["held"] >= 20
-    assert seen["waits"] >= 20
+    # each thread is looked at in its own moment, so the GIL may change hands between them
+    assert seen["held"] >= 3
+    assert seen["waits"] >= 3
     assert seen["torn"] <= 20
     assert seen["depths"].bit_count() >= 4
+
+
+def test_a_thread_that_holds_the_gil_in_a_system_call_is_told(python) -> None:
+    with target(python, "stack_holder") as process:
+
+        def blocked() -> Look | None:
+            look = look_at(process.pid)
+            waits = [thread for thread in look.threads if thread.waits_for_gil]
+            return look if waits and any(t.syscall == "read" for t in look.threads) else None
+
+        look = soon(blocked)
+        by_name = {thread.name: thread for thread in look.threads}
+        holder, waiter = by_name["holder"], by_name["MainThread"]
+        assert holder.holds_gil
+        assert re.fullmatch(r"reads from fd \d+ \(pipe\), and holds the GIL meanwhile", holder.does)
+        assert [frame.name for frame in holder.stack.frames[:2]] == [
+            "hold",
+            HOLDER_RUN[python.minor > 10],
+        ]
+        assert waiter.does == f"waits for the GIL, held by thread {holder.tid}"
+
+
+def test_a_process_that_changes_all_the_time_never_ends_in_a_traceback(python) -> None:
+    looks = 0
+    refusals: list[str] = []
+    with target(python, "stack_churn") as process:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            begin = time.monotonic()
+            try:
+                look = look_at(process.pid, all_tasks=True)
+            except TargetError as told:
+                refusals.append(str(told))
+                continue
+            finally:
+                assert time.monotonic() - begin < 5
+            looks += 1
+            names = {frame.name for task in look.tasks or () for frame in task.frames}
+            assert names <= {None, "worker", "step", "main", "sleep", "gather", "__sleep0", "walk"}
+            assert process.pid in {thread.tid for thread in look.threads}
+        process.process.kill()
+        with pytest.raises(TargetError):
+            soon(lambda: look_at(process.pid, all_tasks=True) and None)
+    assert looks >= 5
+    assert all("try again" in told for told in refusals)
 
 
 def test_tasks_are_exactly_those_that_asyncio_tells(python) -> None:
     with target(python, "stack_tasks") as process:
         process.open_gate()
         note = process.note()
-        _compare_tasks(look_at(process.pid, all_tasks=True), note, python.at_least("3.12"))
+        _compare_tasks(look_at(process.pid, all_tasks=True), note, python.minor >= 12)
 
 
 def test_tasks_of_uvloop() -> None:
@@ -215,7 +266,7 @@ def test_without_being_asked_tasks_are_only_pointed_at(python) -> None:
         process.note()
         look = look_at(process.pid)
         assert look.tasks is None
-        assert look.not_shown == ["suspended tasks of asyncio; --all-tasks shows them"]
+        assert look.not_shown == ["suspended tasks of asyncio (--all-tasks shows them)"]
 
 
 def test_the_screen_and_json(python) -> None:
@@ -228,7 +279,7 @@ def test_the_screen_and_json(python) -> None:
         frames = {t["name"]: t["stack"]["frames"] for t in document["threads"]}
         for name, told in note.items():
             assert [[f["name"], f["file"], f["line"]] for f in frames[name]] == told
-        assert document["version"].startswith(python.version)
+        assert document["version"] == ".".join(map(str, python.version))
         screen = CliRunner().invoke(stack, arguments, catch_exceptions=False).stdout
         assert "\x1b" not in screen
         assert f"process {process.pid}  " in screen

@@ -41,7 +41,9 @@ def cast() -> Story:
     return story
 
 
-def edges_of(story: Story, path: Path) -> dict[str, tuple[str | None, str | None, str | None, str | None]]:
+def edges_of(
+    story: Story, path: Path
+) -> dict[str, tuple[str | None, str | None, str | None, str | None]]:
     """For each query that the server made: its request's operation, the edge, evidence and reason."""
     recording = story.record(path)
     spans = recording.spans().collect()
@@ -67,7 +69,14 @@ def asked(link: Link, story: Story, name: str, time: int, context: int, **more: 
     """The server asks the database, in a context; the loop's reader gets the answer."""
     read_in = more.pop("read_in", SQL_READER if context else 0)
     story.ask(
-        link, query(f"SELECT {name}"), selected(1), time, MS, context=context, read_in=read_in, **more
+        link,
+        query(f"SELECT {name}"),
+        selected(1),
+        time,
+        MS,
+        context=context,
+        read_in=read_in,
+        **more,
     )
 
 
@@ -274,7 +283,9 @@ def test_greenlets_are_told_apart(tmp_path: Path):
             begin = index * MS + turn * 20 * MS
             story.say(links[index], http(f"GET /{name}{'xy'[turn]}"), begin, by_client=True,
                       other_context=greenlet)  # fmt: skip
-            asked(sql[index], story, f"{name}{'xy'[turn]}", begin + 2 * MS, greenlet, read_in=greenlet)
+            asked(
+                sql[index], story, f"{name}{'xy'[turn]}", begin + 2 * MS, greenlet, read_in=greenlet
+            )
             story.say(links[index], answer(), begin + 8 * MS, by_client=False, context=greenlet)
     edges = edges_of(story, tmp_path / "a.scope")
     assert len(edges) == 4
@@ -311,6 +322,51 @@ def test_a_context_of_no_request_is_not_guessed(tmp_path: Path):
     asked(sql[2], story, "c", MS + 2 * US, SQL_READER)
     story.say(link, answer(), 8 * MS, by_client=False, context=task)
     assert set(edges_of(story, tmp_path / "a.scope").values()) == {NOBODY}
+
+
+def test_a_handler_that_was_made_for_its_first_request(tmp_path: Path):
+    story = cast()
+    link, sql = story.link(CLIENT, WEB, 8000), story.link(WEB, DATABASE, 5432)
+    handler = 0
+    expected = {}
+    for turn in range(3):
+        begin, name = 10 * MS * turn, "abc"[turn]
+        story.say(link, http(f"GET /{name}"), begin, by_client=True, other_context=READER)
+        handler = handler or story.context(WEB, 200, begin + 20 * US, parent=READER)
+        asked(sql, story, name, begin + 2 * MS, handler)
+        story.say(link, answer(), begin + 6 * MS, by_client=False, context=handler)
+        expected[f"SELECT {name}"] = (f"GET /{name}", "calls", "exact", "same task")
+    child = story.context(WEB, 201, 35 * MS, parent=handler)
+    asked(sql, story, "after", 37 * MS, handler)
+    asked(sql, story, "child", 39 * MS, child)
+    expected |= {"SELECT after": NOBODY, "SELECT child": NOBODY}
+    assert edges_of(story, tmp_path / "a.scope") == expected
+
+
+def test_what_else_the_reader_made_for_the_request(tmp_path: Path):
+    story = cast()
+    link, sql = story.link(CLIENT, WEB, 8000), [story.link(WEB, DATABASE, 5432) for _ in range(2)]
+    early = story.context(WEB, 199, 0, parent=READER)
+    story.say(link, http("GET /a"), 10 * US, by_client=True, other_context=READER)
+    task = story.context(WEB, 200, 20 * US, parent=READER)
+    other = story.context(WEB, 201, 30 * US, parent=READER)
+    asked(sql[0], story, "a", MS, other)
+    asked(sql[1], story, "b", MS + US, early)
+    story.say(link, answer(), 8 * MS, by_client=False, context=task)
+    edges = edges_of(story, tmp_path / "a.scope")
+    assert edges["SELECT a"] == ("GET /a", "calls", "exact", "child task")
+    assert edges["SELECT b"] == NOBODY
+
+
+def test_an_item_that_a_task_took_is_not_its_threads(tmp_path: Path):
+    """The thread of the event loop takes an item within a task, and goes on without a context."""
+    story = cast()
+    pooled(story)
+    other = story.context(WEB, 300, 0, parent=LISTENER)
+    story.hand(WEB, 8000, 4 * MS, put=True, context=200)
+    story.hand(WEB, 8000, 4 * MS + 100 * US, put=False, context=other, tid=POOL[1])
+    asked(story.link(WEB, DATABASE, 5432), story, "c", 5 * MS, 0, tid=POOL[1])
+    assert edges_of(story, tmp_path / "a.scope")["SELECT c"] == NOBODY
 
 
 @pytest.mark.parametrize("answered", [True, False])
@@ -450,7 +506,9 @@ def test_no_edge_is_ever_wrong(random: random.Random):
         )  # fmt: skip
         if action == "request" and one["request"] is None:
             one["request"] = name = f"GET /r{next(number)}x"
-            story.say(one["link"], http(name), loop.now(), by_client=True, other_context=one["reader"])
+            story.say(
+                one["link"], http(name), loop.now(), by_client=True, other_context=one["reader"]
+            )
             if one["style"] == "handler":
                 one["tasks"] = [one["handler"]]
             else:

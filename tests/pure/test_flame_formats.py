@@ -121,6 +121,13 @@ def test_texts_fit_into_their_boxes():
         assert len(box["text"]) * 7 <= max(box["width"] - 2 * PAD, 0)
 
 
+def test_a_small_box_of_native_code_has_the_function_not_the_library():
+    native = Frame("libpython3.12.so.1.0 PyLong_Add", "native")
+    what = profile(([native], 100), ([group("web")], 900))
+    assert [box["text"] for box in boxes(drawn(what))] == ["web", "PyLong_Add"]
+    assert boxes(drawn(profile(([native], 1))))[0]["text"] == native.name
+
+
 def test_a_picture_needs_nothing_from_elsewhere():
     text = "".join(flamegraph_svg(SMALL))
     addresses = re.findall(r"[a-z]+://[^\s\"'<]+", text)

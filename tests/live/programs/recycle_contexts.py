@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import importlib
 import json
 import socket
 import sys
@@ -119,6 +120,9 @@ KINDS: dict[str, Callable[[], None]] = {
     "loops": in_loops,
 }
 work = KINDS[kind]
+if kind in ("gevent", "trio", "uvloop"):
+    # as in a server that runs for long, nothing is loaded any more when it is looked into
+    importlib.import_module(kind)
 print("ready", flush=True)
 sys.stdin.read(1)
 work()

@@ -42,7 +42,7 @@ values = [
 plain, grown, deleted = Plain(11), Grown(22), Plain(33)
 grown.__dict__["more"] = 1
 for number in range(40):
-    setattr(grown, "extra%d" % number, number)
+    setattr(grown, f"extra{number}", number)
 del deleted.second
 dead = weakref.ref(Plain(1))
 containers = {

@@ -21,7 +21,9 @@ def chain(awaited):
         if kind is not None:
             frame = getattr(awaited, kind + "_frame")
             code = frame.f_code
-            frames.append([getattr(code, "co_qualname", code.co_name), code.co_filename, frame.f_lineno])
+            frames.append(
+                [getattr(code, "co_qualname", code.co_name), code.co_filename, frame.f_lineno]
+            )
             awaited = getattr(awaited, AWAITED[kind])
         elif type(awaited).__name__ in WRAPPERS:
             awaited = next((r for r in gc.get_referents(awaited) if type(r) in GENERATORS), None)
@@ -157,7 +159,7 @@ async def main():
         asyncio.tasks._PyTask(leaf(forever()), loop=loop, name="in Python"),
         make(quick(), name="done"),
     ]
-    many = [make(leaf(forever()), name="many %d" % number) for number in range(COUNT)]
+    many = [make(leaf(forever()), name=f"many {number}") for number in range(COUNT)]
     tasks.append(make(leaf(tasks[0]), name="for a task"))
     tasks.append(make(wrapped(asyncio.gather(*tasks[:2])), name="for two"))
     if hasattr(asyncio, "eager_task_factory"):

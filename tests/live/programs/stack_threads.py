@@ -13,6 +13,7 @@ stacks = {}
 recorded = threading.Semaphore(0)
 never = threading.Lock()
 never.acquire()
+other = threading.Lock()
 reader, writer = os.pipe()
 listener = socket.socket()
 listener.bind(("127.0.0.1", 0))
@@ -36,20 +37,21 @@ def here():
 
 
 def in_lock():
-    with threading.Lock():
+    with other:
         try:
             never.acquire(here())
         finally:
             pass
 
 
+# fmt: off
 class Method:
     """Frames of methods, of a property, of a lambda and of a comprehension."""
 
     @property
     def value(self):
         return [
-            (lambda number: self.block(
+            (lambda number: self.block(  # noqa: PLC3002, PLW0108 - frames of all kinds
                 number,
             ))(number)
             for number in (1, 2)
@@ -67,7 +69,7 @@ def generate(count):
 
 
 def in_generator():
-    return [number
+    return [number + 1
             for number in
             generate(5)]
 
@@ -81,9 +83,10 @@ def deep(count):
     )
 
 
+# fmt: on
 def in_sort():
     """A frame that C calls."""
-    sorted([2, 1], key=lambda number: listener._accept(*[][:here() - 1]))
+    sorted([2, 1], key=lambda number: listener._accept(*[][: here() - 1]))
 
 
 def in_child():
@@ -105,7 +108,7 @@ def \U00020000wide():
 
 def in_other_names():
     name = "/srv/caf\u00e9/\u540d\u524d \U0001f40d.py"
-    exec(compile(SOURCE, name, "exec"), {"here": here, "client": client})
+    exec(compile(SOURCE, name, "exec"), {"here": here, "client": client})  # noqa: S102 - of this file
 
 
 class Threaded(threading.Thread):

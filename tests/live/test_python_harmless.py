@@ -1,0 +1,108 @@
+"""Being recorded changes nothing in a Python process, however often and however a recorder ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.live.contexts import KINDS, serving, serving_kind
+from tests.live.harm import code_of, interrupt, load
+from tests.live.pythons import pythons
+from tests.live.recording import PROGRAMS, Target, attached
+from tests.live.roots import clear, running
+
+pytestmark = pytest.mark.live
+
+# Those that take seconds and depend on no network.
+MODULES = (
+    "test.test_asyncio.test_futures",
+    "test.test_asyncio.test_queues",
+    "test.test_asyncio.test_locks",
+    "test.test_context",
+)
+LEAST_TESTS = 250
+ATTACHES = 20
+KILLS = 7
+SERVER = next(kind for kind in KINDS if kind.name == "uvloop-streams-pool")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    place = tmp_path / "work"
+    place.mkdir()
+    return place
+
+
+@pytest.fixture
+def server():
+    """A server under load, whose code is as before at the end."""
+    with serving("contexts_backend") as backend, serving_kind(SERVER, backend) as running_server:
+        running_server.ask(10, 2)
+        before = code_of(running_server.pid)
+        assert any("python" in name for name in before)
+        with load(running_server):
+            yield running_server
+        after = code_of(running_server.pid)
+        assert {name: after[name] for name in before} == before
+        assert running_server.target.process.poll() is None
+
+
+def test_a_probe_is_seen_in_the_code(server, folder):
+    """That the other tests compare code is worth something only if they can see a difference."""
+    before = code_of(server.pid)
+    with attached(folder, server.target) as session:
+        during = code_of(server.pid)
+        session.stop()
+    assert Counter(during[name] != before[name] for name in before)[True] > 0
+
+
+def test_attaching_and_detaching_again_and_again_under_load(server, folder):
+    interrupt(folder, [server.pid], ATTACHES, signal.SIGTERM)
+
+
+def test_recorders_killed_at_any_moment(server, folder):
+    interrupt(folder, [server.pid], KILLS, signal.SIGKILL)
+
+
+def test_the_tests_of_cpython_succeed_while_recorded(tmp_path):
+    """All interpreters that have them, at the same time."""
+    with ExitStack() as stack:
+        targets = {}
+        for python in pythons():
+            stack.callback(clear, python)
+            command = running(python, PROGRAMS / "harmless_suite.py", *MODULES)
+            target = stack.enter_context(Target(*command, stderr=subprocess.DEVNULL))
+            if target.process.poll() is None and has_tests(target):
+                targets[str(python)] = target
+        if not targets:
+            pytest.skip("optional: no interpreter here has the tests of CPython")
+        with attached(tmp_path, list(targets.values()), "--sample-hz", 999) as session:
+            for target in targets.values():
+                target.open_gate()
+            told = {name: target.note() for name, target in targets.items()}
+            session.stop()
+    assert session.recording.rows("samples") > 0
+    for name, result in told.items():
+        assert result["ran"] > LEAST_TESTS and not result["failed"], (name, result)
+
+
+def has_tests(target: Target) -> bool:
+    """Whether it waits at its gate; one without the tests ends."""
+    try:
+        target.process.wait(0.2)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def test_clean_up(tmp_path):
+    """What the targets in chroots needed is gone from there."""
+    for python in pythons():
+        if python.root is not None:
+            left = [Path(file).name for file in (python.root / "tmp").glob("*")]
+            assert left == []
