@@ -19,36 +19,36 @@ Numbers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 # What a thread waits for in a call, as far as the call's name tells.
-_OTHER, _MOVE, _POLL, _CONNECT, _LOCK, _DISK, _CHILD, _AWAIT, _SLEEP = range(9)
-_CALLS: Final = {
+OTHER, MOVE, POLL, CONNECT, LOCK, DISK, CHILD, AWAIT, SLEEP = range(9)
+CALLS: Final = {
     # they move bytes: whose, the message tells; of files they wait in the state D
-    _MOVE: [
+    MOVE: [
         "read", "readv", "preadv2", "recvfrom", "recvmsg", "recvmmsg", "write", "writev",
         "pwritev2", "sendto", "sendmsg", "sendmmsg", "sendfile", "sendfile64", "splice", "vmsplice",
     ],
-    _POLL: [
+    POLL: [
         "poll", "ppoll", "select", "_newselect", "pselect6", "epoll_wait", "epoll_pwait",
         "epoll_pwait2",
     ],
-    _CONNECT: ["connect"],
-    _LOCK: ["futex", "futex_waitv", "futex_wait", "flock", "semop", "semtimedop"],
-    _DISK: [
+    CONNECT: ["connect"],
+    LOCK: ["futex", "futex_waitv", "futex_wait", "flock", "semop", "semtimedop"],
+    DISK: [
         "fsync", "fdatasync", "sync", "syncfs", "sync_file_range", "msync", "pread64", "pwrite64",
         "preadv", "pwritev",
     ],
     # until the child runs another program, in the state D, which has nothing to do with a disk
-    _CHILD: ["vfork", "clone", "clone3"],
-    _AWAIT: ["wait4", "waitid", "waitpid"],
-    _SLEEP: ["nanosleep", "clock_nanosleep"],
+    CHILD: ["vfork", "clone", "clone3"],
+    AWAIT: ["wait4", "waitid", "waitpid"],
+    SLEEP: ["nanosleep", "clock_nanosleep"],
 }  # fmt: skip
-# Calls of _MOVE on sockets only: without a message they failed, as by a timeout.
+# Calls of MOVE on sockets only: without a message they failed, as by a timeout.
 _SOCKET_CALLS: Final = ["recvfrom", "recvmsg", "recvmmsg", "sendto", "sendmsg", "sendmmsg"]
 _NO_CALL: Final = 0xFFFF
 
 _EVENTS: Final = {"tid": pl.UInt32, "start_ns": pl.Int64, "connection": pl.UInt32}
 _NAMES: Final = ["peer", "protocol"]
 # Waits that are nobody's at another end, by their place among the names; the first is nobody.
-_NAMED: Final = {_AWAIT: (1, "child process"), _SLEEP: (2, "sleep")}
+_NAMED: Final = {AWAIT: (1, "child process"), SLEEP: (2, "sleep")}
 
 
 def time_parts(recording: Recording, spans: pl.DataFrame, peers: pl.DataFrame) -> pl.DataFrame:
@@ -66,7 +66,7 @@ def time_parts(recording: Recording, spans: pl.DataFrame, peers: pl.DataFrame) -
     messages = recording.messages.select(
         *_EVENTS, (pl.col("direction") == "send").alias("asks")
     ).join(tids, on="tid", how="semi")
-    calls = syscall_numbers(machine, _CALLS[_POLL])
+    calls = syscall_numbers(machine, CALLS[POLL])
     timed_out = recording.syscalls.filter(
         pl.col("number").is_in(calls) & (pl.col("result") == 0)
     ).select("tid", "start_ns")
@@ -149,19 +149,19 @@ def divide_time(
     call_ns = rows.syscall_start_ns[interval]
     waits_in = _classes(machine)[rows.number[interval]]
     peer, certain = events.look_up(
-        tids, of_span[span], start[span], (start + duration)[span], call_ns, waits_in == _POLL,
+        tids, of_span[span], start[span], (start + duration)[span], call_ns, waits_in == POLL,
         _among(tids, of_span[span], call_ns, timed_out),
     )  # fmt: skip
-    disk = rows.disk[interval] & (waits_in != _CHILD)
+    disk = rows.disk[interval] & (waits_in != CHILD)
     socket_calls = syscall_numbers(machine, _SOCKET_CALLS)
-    asked = certain | (waits_in == _POLL) | np.isin(rows.number[interval], socket_calls)
-    for_peer = np.isin(waits_in, [_MOVE, _POLL, _CONNECT]) & asked & (peer >= 0) & ~disk
+    asked = certain | (waits_in == POLL) | np.isin(rows.number[interval], socket_calls)
+    for_peer = np.isin(waits_in, [MOVE, POLL, CONNECT]) & asked & (peer >= 0) & ~disk
     for kind, (place, _) in _NAMED.items():
         named = waits_in == kind
         peer = np.where(named, place, peer)
         for_peer |= named & ~disk
-    disk |= waits_in == _DISK
-    lock = (waits_in == _LOCK) & ~disk
+    disk |= waits_in == DISK
+    lock = (waits_in == LOCK) & ~disk
     rest = ~(disk | lock | for_peer)
     return _frame(
         spans,
@@ -397,7 +397,7 @@ def _among(
 @cache
 def _classes(machine: str) -> NDArray[np.uint8]:
     """By the number of a system call, what a thread waits for in it."""
-    classes = np.full(_NO_CALL + 1, _OTHER, np.uint8)
-    for kind, names in _CALLS.items():
+    classes = np.full(_NO_CALL + 1, OTHER, np.uint8)
+    for kind, names in CALLS.items():
         classes[syscall_numbers(machine, names)] = kind
     return classes

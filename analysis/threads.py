@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scope_ebpf.analysis.asof import NONE, first_after, group_numbers, latest_before
 from scope_ebpf.analysis.lives import LIFE, thread_lives
 from scope_ebpf.analysis.names import THREAD, thread_names
-from scope_ebpf.analysis.parts import _CALLS, _POLL
+from scope_ebpf.analysis.parts import CALLS, POLL
 from scope_ebpf.analysis.waits import WAIT_KIND, wait_kind
 from scope_ebpf.recording.readable import syscall_numbers
 from scope_ebpf.recording.reader import Recording
@@ -125,7 +125,7 @@ def thread_times(recording: Recording, tgids: Sequence[int] | None = None) -> pl
 def _off(recording: Recording, lives: pl.DataFrame) -> pl.DataFrame:
     """Intervals off the CPU, with what they were for."""
     machine = recording.meta.host.machine
-    polls = pl.col("number").is_in(syscall_numbers(machine, _CALLS[_POLL]))
+    polls = pl.col("number").is_in(syscall_numbers(machine, CALLS[POLL]))
     timed_out = (
         recording.syscalls.filter(polls & (pl.col("result") == 0))
         .select(*THREAD, syscall_start_ns="start_ns", nothing_came=pl.lit(value=True))

@@ -6,17 +6,7 @@ from typing import Final
 
 import polars as pl
 
-from scope_ebpf.analysis.parts import (
-    _AWAIT,
-    _CALLS,
-    _CHILD,
-    _CONNECT,
-    _DISK,
-    _LOCK,
-    _MOVE,
-    _POLL,
-    _SLEEP,
-)
+from scope_ebpf.analysis import parts
 from scope_ebpf.recording.readable import syscall_numbers
 
 # Calls that wait for anything to happen, and for nothing in particular.
@@ -45,20 +35,20 @@ def wait_kind(machine: str, timed_out: pl.Expr | None = None) -> pl.Expr:
     """
 
     def calls(*kinds: int) -> pl.Expr:
-        names = [name for kind in kinds for name in _CALLS[kind]]
+        names = [name for kind in kinds for name in parts.CALLS[kind]]
         return pl.col("number").is_in(syscall_numbers(machine, names))
 
     state = pl.col("state").cast(pl.String)
-    sleeps = calls(_AWAIT, _SLEEP, _CHILD)
+    sleeps = calls(parts.AWAIT, parts.SLEEP, parts.CHILD)
     sleeps |= pl.col("number").is_in(syscall_numbers(machine, _IDLE))
     if timed_out is not None:
-        sleeps |= calls(_POLL) & timed_out
+        sleeps |= calls(parts.POLL) & timed_out
     kinds = {
         STOPPED: state.is_in(["T", "t"]),
-        DISK: ((state == "D") & ~calls(_CHILD).fill_null(value=False)) | calls(_DISK),
+        DISK: ((state == "D") & ~calls(parts.CHILD).fill_null(value=False)) | calls(parts.DISK),
         SLEEP: sleeps | (state == "I"),
-        NETWORK: calls(_MOVE, _POLL, _CONNECT),
-        LOCK: calls(_LOCK),
+        NETWORK: calls(parts.MOVE, parts.POLL, parts.CONNECT),
+        LOCK: calls(parts.LOCK),
     }
     # The first that holds wins; null, as of a row in no call, holds nowhere.
     cases = [pl.when(case).then(pl.lit(kind, dtype=WAIT_KIND)) for kind, case in kinds.items()]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 
 from scope_ebpf.cpython.lines import line_of
 from scope_ebpf.cpython.offsets import CODE_TAG, NO_SHIM
@@ -22,8 +22,11 @@ _MOST_FRAMES = 1 << 16
 _MOST_CHUNKS = 1 << 12
 _MOST_CHUNK_BYTES = 1 << 20
 _MOST_STACK_BYTES = 1 << 26
-_TRIES = 40
+_CHUNKS_AGAIN = 2
+_SAME_FRAMES = 8
+_TRIES = 400
 _TRY_SECONDS = 0.2
+_PAUSE_SECONDS = 0.0001
 _LONGEST_LINES = 1 << 20
 _CODE_CACHE = 1 << 16
 
@@ -74,6 +77,27 @@ class ThreadState:
     interpreter: int
 
 
+@dataclass
+class _Walked:
+    """Frames as one reading has them, innermost first."""
+
+    places: list[Place]
+    cut: bool  # there may be more
+
+    @cached_property
+    def index(self) -> dict[int, int]:
+        """Where each frame is in the list."""
+        return {place.frame: at for at, place in enumerate(self.places)}
+
+    def agrees(self, other: _Walked) -> bool:
+        """Whether both show one stack; its innermost frame may have gone on within its code."""
+        if self.cut and len(self.places) < _MOST_FRAMES:
+            return False
+        return self.places[1:] == other.places[1:] and [
+            (place.frame, place.code) for place in self.places[:1]
+        ] == [(place.frame, place.code) for place in other.places[:1]]
+
+
 class Frames:
     """Reads the stacks of one process."""
 
@@ -89,23 +113,25 @@ class Frames:
     def stack(self, tstate: int) -> Stack:
         """The Python stack of a thread, from the address of its thread state."""
         end = time.monotonic() + _TRY_SECONDS
-        before: tuple[list[Place], bool] | None = None
-        for _ in range(_TRIES):
+        walked = _Walked([], True)
+        for turn in range(_TRIES):
             try:
-                first, walk = self._copy(tstate)
-                again, walk_again = self._copy(tstate)
-                now, then = walk(), walk_again()
-                if first == again == self._innermost(tstate) and _same(now[0], then[0]):
-                    return self._described(now, torn=False)
-                before = then
+                # the first time all of it; of a stack that changes, what is far out stays as it is
+                most = _MOST_CHUNKS if turn == 0 else _CHUNKS_AGAIN
+                first, copies = self._copy(tstate, most)
+                again, copies_again = self._copy(tstate, most)
+                one = self._walk(first, copies, walked)
+                walked = self._walk(again, copies_again, one)
+                if one.agrees(walked) and (
+                    not self._layout.heap_frames or again == self._innermost(tstate)
+                ):
+                    return self._described(walked, torn=False)
             except Unreadable:
                 pass
             if time.monotonic() > end:
                 break
-            time.sleep(0.0002)
-        if before is None:
-            return Stack(torn=True, cut=True)
-        return self._described(before, torn=True)
+            time.sleep(_PAUSE_SECONDS)
+        return self._described(walked, torn=True)
 
     def at(self, address: int) -> Frame:
         """One frame, as that of a generator.
@@ -116,8 +142,8 @@ class Frames:
         data = self._objects.bytes_at(address, self._layout.frame_bytes)
         return self.describe(self._place(address, data))
 
-    def _described(self, walked: tuple[list[Place], bool], torn: bool) -> Stack:
-        return Stack([self.describe(place) for place in walked[0]], torn, walked[1])
+    def _described(self, walked: _Walked, torn: bool) -> Stack:
+        return Stack([self.describe(place) for place in walked.places], torn, walked.cut)
 
     def _innermost(self, thread: int) -> int:
         frame = self._objects.word(thread + self._layout.tstate_frame)
@@ -125,8 +151,8 @@ class Frames:
             frame = self._objects.word(frame + self._layout.cframe_frame)
         return frame
 
-    def _copy(self, thread: int) -> tuple[int, partial[tuple[list[Place], bool]]]:
-        """The innermost frame and a copy of the thread's data stack, to be walked."""
+    def _copy(self, thread: int, most: int) -> tuple[int, dict[int, bytes]]:
+        """The innermost frame, and copies of the newest chunks of the thread's data stack by address."""
         copies: dict[int, bytes] = {}
         frame = self._innermost(thread)
         layout, objects = self._layout, self._objects
@@ -135,7 +161,7 @@ class Frames:
             chunk = objects.word(thread + layout.tstate_datastack_chunk)
             top = objects.word(thread + layout.tstate_datastack_top)
             total = 0
-            for _ in range(_MOST_CHUNKS):
+            for _ in range(most):
                 if not chunk or total > _MOST_STACK_BYTES:
                     break
                 size = top - chunk
@@ -150,10 +176,14 @@ class Frames:
                     break
                 used = objects.word(chunk + (layout.chunk_top or 0))
                 top = chunk + (layout.chunk_data or 0) + 8 * used
-        return frame, partial(self._walk, frame, copies)
+        return frame, copies
 
-    def _walk(self, frame: int, copies: Mapping[int, bytes]) -> tuple[list[Place], bool]:
-        """The frames from the innermost one on, and whether there may be more."""
+    def _walk(self, frame: int, copies: Mapping[int, bytes], earlier: _Walked) -> _Walked:
+        """The frames from the innermost one on.
+
+        Where it comes to several frames that stood the same in an earlier walk, the rest is taken from
+        there: a frame further out cannot go on before those within it have ended.
+        """
         layout = self._layout
         size, owner_at = layout.frame_bytes, layout.frame_owner
         first_shim = NO_SHIM if layout.first_shim is None else layout.first_shim
@@ -162,7 +192,7 @@ class Frames:
         seen: set[int] = set()
         while frame:
             if frame in seen or len(seen) >= _MOST_FRAMES or frame % 8:
-                return places, True
+                return _Walked(places, True)
             seen.add(frame)
             data = b""
             for start in starts:
@@ -173,11 +203,16 @@ class Frames:
                 try:
                     data = self._objects.bytes_at(frame, size)
                 except Unreadable:
-                    return places, True
+                    return _Walked(places, True)
             if owner_at is None or data[owner_at] < first_shim:
                 places.append(self._place(frame, data))
+                at = earlier.index.get(frame, -1) + 1
+                if at >= _SAME_FRAMES and (
+                    places[-_SAME_FRAMES:] == earlier.places[at - _SAME_FRAMES : at]
+                ):
+                    return _Walked(places + earlier.places[at:], earlier.cut)
             frame = _word(data, layout.frame_previous)
-        return places, False
+        return _Walked(places, False)
 
     def _place(self, frame: int, data: bytes) -> Place:
         code = _word(data, self._layout.frame_code) & ~CODE_TAG
@@ -224,13 +259,6 @@ class Frames:
             return self._objects.text(address)
         except Unreadable:
             return None
-
-
-def _same(one: list[Place], other: list[Place]) -> bool:
-    """Whether two readings show one stack; its innermost frame may have gone on within its code."""
-    return one[1:] == other[1:] and [(p.frame, p.code) for p in one[:1]] == [
-        (p.frame, p.code) for p in other[:1]
-    ]
 
 
 def _word(data: bytes, offset: int) -> int:

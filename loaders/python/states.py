@@ -88,6 +88,14 @@ def tids_of(tgid: int) -> dict[int, int]:
         return {}
 
 
+def has_own_pids(tgid: int) -> bool:
+    """Whether a process is in another PID namespace than ours; also True if it is gone."""
+    try:
+        return len(_namespace_pids(PROC / str(tgid) / "status")) > 1
+    except OSError:
+        return True
+
+
 def _namespace_pids(status: Path) -> list[int]:
     for line in status.read_text(errors="replace").splitlines():
         if line.startswith("NSpid:"):

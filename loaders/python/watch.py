@@ -25,6 +25,7 @@ from scope_ebpf.loaders.python.interpreters import (
     find_interpreter,
 )
 from scope_ebpf.loaders.python.sites import PythonSite, file_sites
+from scope_ebpf.loaders.python.states import has_own_pids
 from scope_ebpf.loaders.ring import array_in
 from scope_ebpf.records import InterpreterFlags, PythonLimits
 
@@ -151,6 +152,9 @@ class PythonWatch:
             return row(found.tgid, version=version, path=found.path, reason=reason)
         self._used += 1
         self._interpreters[self._used] = found.record
+        if has_own_pids(found.tgid):  # its threads' numbers of themselves are not ours
+            self._interpreters[self._used]["tstate_native_thread_id"] = 0
+            self._interpreters[self._used]["thread_tid"] = 0
         self._object.update("pythons", found.tgid, self._used)
         self._changes[0] += 1
         return row(

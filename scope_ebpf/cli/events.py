@@ -104,10 +104,11 @@ def events(
 ) -> None:
     r"""Print rows of a TABLE of the recording REC, in the order in which they were stored.
 
-    TABLE is processes, syscalls, messages, connections, connects, tls, offcpu, interpreters, samples,
-    stacks, codes, contexts, flows, handoffs, gil, hits or losses. EXPR may use all of its columns, those that are not shown as well: --json --limit 1 shows them. Times in
-    EXPR, JSON and CSV are nanoseconds of CLOCK_MONOTONIC; the table for people shows points in time
-    as seconds since the recording began, durations with a unit, and long values cut.
+    TABLE is processes, syscalls, messages, connections, connects, tls, offcpu, interpreters,
+    samples, stacks, codes, contexts, flows, handoffs, gil, hits or losses. EXPR may use all of its
+    columns, those that are not shown as well: --json --limit 1 shows them. Times in EXPR, JSON and
+    CSV are nanoseconds of CLOCK_MONOTONIC; the table for people shows points in time as seconds
+    since the recording began, durations with a unit, and long values cut.
 
     A payload is text, also in EXPR: printable ASCII as it is, a backslash as \\, and other bytes as
     \n, \r, \t or \xNN, like within a bytes literal of Python.

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
 from scope_ebpf.cli import output
+from scope_ebpf.cli.files import check_free, created
 from scope_ebpf.cli.units import printable
 from scope_ebpf.errors import ScopeError, UsageError
 
@@ -86,7 +84,7 @@ def export(
 
         target = traces_url(endpoint)  # tells what is wrong with it before the work begins
     elif target != STDOUT:
-        _check_free(Path(target), force=force)
+        check_free(Path(target), force=force)
     sent_headers = _headers(headers)
     opened = open_recording(recording)
     selection = select_spans(opened, request)
@@ -99,7 +97,7 @@ def export(
             spans = _write(chunks, sys.stdout.buffer)
             sys.stdout.buffer.flush()
     else:
-        with _created(Path(target), force=force) as stream:
+        with created(Path(target), force=force) as stream:
             spans = _write(chunks, stream)
     where = "stdout" if target == STDOUT else target
     click.echo(f"wrote {_count(spans, selection)} to {printable(where)}", err=True)
@@ -174,39 +172,3 @@ def _count(spans: int, selection: Selection) -> str:
         f"{spans:,} {'span' if spans == 1 else 'spans'} of "
         f"{traces:,} {'trace' if traces == 1 else 'traces'}"
     )
-
-
-def _check_free(file: Path, *, force: bool) -> None:
-    try:
-        mode = file.stat().st_mode
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise ScopeError(f"cannot write {file}: {error.strerror}") from error
-    if stat.S_ISDIR(mode):
-        raise ScopeError(f"cannot write {file}: it is a directory")
-    if stat.S_ISREG(mode) and not force:
-        raise ScopeError(f"will not overwrite without --force: {file}")
-
-
-@contextmanager
-def _created(file: Path, *, force: bool) -> Iterator[BinaryIO]:
-    """The file, written aside: what was there stays as it is until the new one is complete."""
-    try:
-        if file.exists() and not file.is_file():  # a pipe or device: nothing to be replaced
-            with file.open("wb") as stream:
-                yield stream
-            return
-        final = file.resolve()  # what a link points to is replaced, not the link
-        part = final.with_name(f".{final.name}.part.{os.getpid()}")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            with os.fdopen(os.open(part, flags, 0o600), "wb") as stream:
-                yield stream
-            _check_free(final, force=force)  # somebody may have been faster
-            part.replace(final)
-        finally:
-            with suppress(FileNotFoundError):
-                part.unlink()
-    except OSError as error:
-        raise ScopeError(f"cannot write {file}: {error.strerror or error}") from error

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import click
 
 from scope_ebpf.cli import output, units
-from scope_ebpf.cli.export import STDOUT, _check_free, _created
+from scope_ebpf.cli.export import STDOUT
+from scope_ebpf.cli.files import check_free, created
 from scope_ebpf.errors import ScopeError, UsageError
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def flame(
     if force and file in (None, STDOUT):
         raise UsageError("--force is for -o FILE; nothing else can be overwritten")
     if file is not None and file != STDOUT:
-        _check_free(Path(file), force=force)
+        check_free(Path(file), force=force)
     from scope_ebpf.recording.reader import open_recording
 
     opened = open_recording(recording)
@@ -111,7 +112,7 @@ def flame(
             sys.stdout.buffer.flush()
         return
     assert file is not None  # _format has seen to that
-    with _created(Path(file), force=force) as stream:
+    with created(Path(file), force=force) as stream:
         for part in text:
             stream.write(part.encode("utf-8", "backslashreplace"))
     stacks = len(profile.shown_stacks())

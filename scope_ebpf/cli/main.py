@@ -22,6 +22,8 @@ COMMANDS = {
     "requests": "List the requests that were handled, and where their time went.",
     "chain": "Show what one request caused, across processes.",
     "services": "Show who talks to whom, how often and how slowly.",
+    "flame": "Draw where time went, by Python stack, as a flame graph.",
+    "threads": "Show where the time of each thread went.",
     "events": "Show the rows of a recording's table.",
     "export": "Write spans for OpenTelemetry or Perfetto.",
     "doctor": "Tell which probes work on this host, and how to fix the others.",
