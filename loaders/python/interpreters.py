@@ -41,8 +41,11 @@ LIBRARY: Final = re.compile(r"^.*/lib(?:python|pypy)[^/\n]*$", re.M)
 GREENLET: Final = re.compile(r"/_?greenlet\.[^/\n]*so$", re.M)
 GLIBC_TID: Final = 720  # `tid` in glibc's struct pthread
 PTHREAD_BYTES: Final = 0x800  # of it that are searched
-# Modules of programs in which contexts other than a thread's own are made.
-CONTEXT_USERS: Final = (b"asyncio", b"trio", b"uvloop", b"curio", b"anyio", b"_asyncio")
+# What asyncio leaves in the dict of a thread that runs, or ran, an event loop; uvloop, too
+# (Modules/_asynciomodule.c, set_running_loop()). From 3.14 on the thread state has a field for it.
+RUNNING_LOOP: Final = b"__asyncio_running_event_loop__"
+# Modules that run contexts without that; whoever imports them does so to use them.
+CONTEXT_USERS: Final = (b"trio", b"curio")
 
 
 @dataclass(frozen=True)
@@ -347,8 +350,10 @@ class _Search:
     def _contexts(self, main: int) -> tuple[Layout, bool]:
         """The layout with the place of contexts, and whether some are made in this process.
 
-        They are if a thread has one now, or if a module has been imported that makes them. From 3.14 on
-        threading runs every thread in a context of its own (Lib/threading.py), which does not count.
+        They are if a thread has entered one now, or runs an event loop, or if trio has been imported. To
+        have imported asyncio means nothing: so do many libraries for the case that it is used. If contexts
+        are made later, the probes see it. From 3.14 on threading runs every thread in a context of its
+        own (Lib/threading.py), which does not count.
 
         Raises:
             AddressError: what the threads have in that place, and nowhere else, are no contexts.
@@ -377,13 +382,36 @@ class _Search:
                 for context in used
                 if context not in own or self._word(context + layout.context_previous)
             ]
-        if used:
+        if any(self._entered(context) for context in used) or self._runs_loop():
             return layout, True
         modules = self.memory.u64(main + layout.interpreter_modules)
         try:
             return layout, bool(dict_values(self.memory, layout, modules, CONTEXT_USERS))
         except AddressError:
             return layout, True
+
+    def _entered(self, context: int) -> bool:
+        """Whether a context runs; that which a thread made for itself is never entered."""
+        try:
+            return self.memory.i32(context + self.layout.context_entered) != 0
+        except AddressError:
+            return True
+
+    def _runs_loop(self) -> bool:
+        """Whether an event loop runs, or ran, in a thread."""
+        layout = self.layout
+        for tstate, _, _ in read_threads(self.memory, layout, self.runtime):
+            try:
+                if layout.tstate_asyncio_loop is not None:
+                    if self.memory.u64(tstate + layout.tstate_asyncio_loop):
+                        return True
+                    continue
+                attributes = self.memory.u64(tstate + layout.tstate_dict)
+                if attributes and dict_values(self.memory, layout, attributes, (RUNNING_LOOP,)):
+                    return True
+            except AddressError:  # it changes while it is read: to look for contexts is safe
+                return True
+        return False
 
     def _thread_blocks(self) -> list[tuple[int, ...]]:
         """The thread states, as words."""

@@ -42,6 +42,8 @@ class Thread:
         holds_gil: it held the GIL when it was looked at.
         waits_for_gil: it waited for it.
         stack: its Python frames.
+        interpreter: number of the interpreter that it runs; 0: the main one. CPython tells of a thread
+            state of a sub-interpreter which thread made it, which need not be the one that runs in it.
     """
 
     tid: int
@@ -53,6 +55,7 @@ class Thread:
     holds_gil: bool
     waits_for_gil: bool
     stack: Stack
+    interpreter: int = 0
 
 
 @dataclass
@@ -177,7 +180,10 @@ class _Looking:
         for thread in sorted(states, key=lambda each: each.tid):
             owner = self._objects.word(thread.tstate + self._layout.tstate_interpreter)
             name = names.get(thread.thread_id)
-            look.threads.append(self._thread(thread.tstate, owner, thread.tid, name, tids))
+            seen = self._thread(thread.tstate, owner, thread.tid, name, tids)
+            if owner != found.address:
+                seen.interpreter = self._objects.number(owner + self._layout.interpreter_id)
+            look.threads.append(seen)
         look.native_threads = self._native_threads({thread.tid for thread in states})
         if all_tasks:
             look.tasks = []

@@ -100,6 +100,8 @@ def _thread(thread: Thread, width: int) -> Iterator[Text]:
 
     names = [name for name in (thread.name, thread.comm) if name]
     name = printable(names[0]) if names else ""
+    if thread.interpreter:
+        name += f" (interpreter {thread.interpreter})"
     if not thread.holds_gil and not thread.waits_for_gil:
         style = "green" if thread.state == "running" else "cyan"
     else:

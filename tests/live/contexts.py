@@ -112,7 +112,11 @@ class Server:
 
 @contextmanager
 def serving(
-    program: str, *arguments: object, python: Python = OWN, after: Sequence[object] = ()
+    program: str,
+    *arguments: object,
+    python: Python = OWN,
+    after: Sequence[object] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """Run a program that listens; its descriptor comes between the arguments and those after."""
     with socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) as listener:
@@ -120,19 +124,26 @@ def serving(
         path = PROGRAMS / f"{program}.py"
         command = running(python, path, *arguments, fd, *after)
         # programs import from each other
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-        with Target(*command, pass_fds=[fd], env=environment) as target:
+        full = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+        with Target(*command, pass_fds=[fd], env={**full, **(environment or {})}) as target:
             clear(python)
             yield Server(target, listener.getsockname()[1])
 
 
 @contextmanager
-def serving_kind(kind: Kind, backend: Server, python: Python = OWN) -> Iterator[Server]:
+def serving_kind(
+    kind: Kind,
+    backend: Server,
+    python: Python = OWN,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
     """Run a server of that kind in front of a backend."""
     after: tuple[object, ...] = (backend.port,)
     if kind.program == "contexts_threads":
         after = (*after, THREADS)
-    with serving(kind.program, *kind.arguments, python=python, after=after) as server:
+    with serving(
+        kind.program, *kind.arguments, python=python, after=after, environment=environment
+    ) as server:
         yield server
 
 
@@ -283,4 +294,3 @@ def compare_contexts(recording: Recording, tgid: int, ids: set[int], found: Comp
 
 def _text(payload: bytes) -> str:
     return payload.decode("latin-1")
-

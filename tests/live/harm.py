@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from pathlib import Path
 
 from tests.live.contexts import Server
 from tests.live.failures import Recorder, attach, is_loaded, wait_until
+from tests.live.pythons import Python
 from tests.live.recording import PROGRAMS
+from tests.live.roots import OWN, ROOT
 
 # Until a recorder is at work; what it does before is as likely to be interrupted.
 START_SECONDS = 2.0
@@ -23,8 +26,31 @@ REQUESTS = 10**6  # more than are answered
 CONCURRENCY = 8
 
 
-def code_of(pid: int) -> dict[str, str]:
-    """A digest of each executable mapping of a file, as it is in the memory of a process.
+def private_python(directory: Path) -> tuple[Python, dict[str, str]]:
+    """A copy of the project's interpreter, and the environment that it needs.
+
+    Uprobes are of a file: other recorders on this machine put theirs into all processes that run it. A
+    copy is a file that only we know of.
+    """
+    own = Path(sys.executable).resolve()
+    files = {own}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = Path(line.partition("/")[1] + line.partition("/")[2])
+        if path.name.startswith("libpython3"):
+            files.add(path)
+    for file in files:
+        shutil.copy(file, directory / file.name)
+    packages = [path for path in sys.path if path.endswith("-packages")]
+    environment = {
+        "LD_LIBRARY_PATH": str(directory),
+        "PYTHONHOME": sys.base_prefix,
+        "PYTHONPATH": ":".join([str(ROOT), *packages]),
+    }
+    return Python(directory / own.name, OWN.version), environment
+
+
+def code_of(pid: int, directory: Path) -> dict[str, str]:
+    """A digest of each executable mapping of a file in the directory, as it is in a process's memory.
 
     A uprobe that is in place is seen in it: the kernel writes a breakpoint there.
     """
@@ -32,7 +58,7 @@ def code_of(pid: int) -> dict[str, str]:
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             match = re.match(r"([0-9a-f]+)-([0-9a-f]+) r-xp (\S+) \S+ \S+\s+(/.*)", line)
-            if match is None:
+            if match is None or not Path(match[4]).is_relative_to(directory):
                 continue
             begin, end = int(match[1], 16), int(match[2], 16)
             memory.seek(begin)
@@ -90,6 +116,16 @@ def interrupt(folder: Path, pids: list[int], count: int, number: signal.Signals)
     wait_until(lambda: not any(map(is_loaded, ids)))
     assert ids
     return states
+
+
+def attach_often(pids: list[int], count: int) -> None:
+    """Attach so often to processes, and detach a moment later, without recording; by one process."""
+    command = [sys.executable, PROGRAMS / "harmless_attach.py", count, *pids]
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{count} times, nothing left\n"
 
 
 def _watch(recorder: Recorder, seconds: float) -> None:

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -243,7 +244,7 @@ def _fits(seen: Names, stack: Names, truncated: bool) -> bool:
 def _compare_lines(
     frames: Sequence[Frame], place: Place, helped: bool, source: Source, found: Compared
 ) -> None:
-    for caller, callee in zip(frames, frames[1:], strict=False):
+    for caller, callee in pairwise(frames):
         found.lines += 1
         if not source.calls(str(callee.name), caller.line):
             found.wrong_lines += 1

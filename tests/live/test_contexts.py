@@ -29,7 +29,7 @@ from tests.live.recording import Session, attached, no_losses, python_target
 pytestmark = pytest.mark.live
 
 # Requests by how many there are at the same time.
-LOADS = {1: 23, 10: 103, 100: 307}
+LOADS = {1: 11, 10: 53, 100: 203}
 # and of these kinds, 1,000 at the same time
 CROWDED = ("asyncio-streams-pool", "asyncio-protocol-fresh", "uvloop-protocol-pool", "threads-pool")
 CROWD = 1000
@@ -57,7 +57,7 @@ class Run:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """All kinds of servers, one after the other."""
-    asked = {}
+    asked: dict[tuple[str, object], tuple[int, list[int]]] = {}
     with ExitStack() as stack:
         backend = stack.enter_context(serving("contexts_backend"))
         servers = {kind: stack.enter_context(serving_kind(kind, backend)) for kind in KINDS}
@@ -122,7 +122,7 @@ def test_in_every_interpreter(python, name, everywhere):
 
 def test_work_items_are_put_and_got_once(run):
     """What the thread that waits for requests submits, and what the pool's threads take."""
-    tgid, ids = run.asked["threads-pool", 100]
+    tgid, _ = run.asked["threads-pool", 100]
     handoffs = run.session.table("handoffs").filter(pl.col("tgid") == tgid)
     puts = handoffs.filter("put").sort("time_ns")
     gets = handoffs.filter(~pl.col("put")).sort("time_ns")

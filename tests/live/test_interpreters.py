@@ -99,6 +99,17 @@ for line in sys.stdin:
         os.waitpid(int(count), 0)
     elif word == "context":
         contextvars.ContextVar("v").set(1)
+    elif word == "enter":
+        entered = threading.Thread(target=contextvars.copy_context().run, args=(time.sleep, 60))
+        entered.daemon = True
+        entered.start()
+        time.sleep(0.1)
+    elif word == "loop":
+        import asyncio
+        async def sleeps():
+            await asyncio.sleep(60)
+        threading.Thread(target=asyncio.run, args=(sleeps(),), daemon=True).start()
+        time.sleep(0.3)
     elif word == "import":
         __import__(count)
     print(json.dumps(answer), flush=True)
@@ -268,22 +279,26 @@ def test_gil(python: Python):
 
 @EVERY
 def test_contexts(python: Python):
-    """The flag is set once a thread has a context, or asyncio was imported."""
+    """The flag is set once a thread has entered a context, or runs an event loop: nothing less."""
     with started(python, PROGRAM) as process:
         assert not ready(process).contexts
         ask(process, "context")
+        ask(process, "import asyncio")
         interpreter = found(process.pid)
-        assert interpreter.contexts
-        assert int(interpreter.record["flags"]) & InterpreterFlags.INTERPRETER_CONTEXTS
+        assert not interpreter.contexts
         with ProcessMemory(process.pid) as memory:
             (thread,) = threads(interpreter)
             context = memory.u64(thread.tstate + interpreter.layout.tstate_context)
             assert interpreter.context_type
             assert memory.u64(context + interpreter.layout.object_type) == interpreter.context_type
             assert memory.i32(context + interpreter.layout.context_entered) == 0
+        ask(process, "enter")
+        interpreter = found(process.pid)
+        assert interpreter.contexts
+        assert int(interpreter.record["flags"]) & InterpreterFlags.INTERPRETER_CONTEXTS
     with started(python, PROGRAM) as process:
         ready(process)
-        ask(process, "import asyncio")
+        ask(process, "loop")
         assert found(process.pid).contexts
 
 
@@ -531,7 +546,7 @@ def test_a_wrong_table_is_noticed(python: Python, monkeypatch: pytest.MonkeyPatc
             state = wrong(**{name: getattr(layout, name) + 8})
             assert isinstance(state, Unsupported) and "layout is not that of" in state.reason
         state = wrong(tstate_context=layout.tstate_context + 16)
-        assert isinstance(state, Interpreter) and state.contexts
+        assert isinstance(state, Interpreter)
         assert int(state.record["tstate_context"]) == layout.tstate_context
         monkeypatch.undo()
         monkeypatch.setattr(slots, "GLIBC_SPECIFIC", slots.GLIBC_SPECIFIC + 16)

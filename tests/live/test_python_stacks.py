@@ -98,7 +98,9 @@ def check(found: Compared) -> None:
 
 def test_the_newest_interpreters_are_there():
     """scripts/chroot.sh has made them, unless this system has no way to Debian's packages."""
-    made = subprocess.run([ROOT / "scripts" / "chroot.sh"], capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        [ROOT / "scripts" / "chroot.sh"], capture_output=True, text=True, check=False
+    )
     if made.returncode == UNAVAILABLE:
         pytest.skip(f"optional: {made.stderr.strip().splitlines()[-1]}")
     assert made.returncode == 0, made.stderr

@@ -274,6 +274,7 @@ def test_the_screen_and_json(python) -> None:
     with target(python, "stack_threads", 50) as process:
         process.open_gate()
         note = process.note()
+        process.wait_until_blocked()
         arguments = ["--pid", str(process.pid)]
         done = CliRunner().invoke(stack, [*arguments, "--json"], catch_exceptions=False)
         document = json.loads(done.stdout)

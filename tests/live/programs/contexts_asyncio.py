@@ -40,7 +40,7 @@ async def read_head(reader):
     """The first line of a head, which is read to its end; empty: the other side has closed."""
     try:
         return (await reader.readuntil(b"\r\n\r\n")).partition(b"\r\n")[0]
-    except asyncio.IncompleteReadError:
+    except (asyncio.IncompleteReadError, ConnectionResetError):
         return b""
 
 
@@ -50,27 +50,27 @@ class Backend:
     def __init__(self, back, port):
         self.back = back
         self.port = port
-        self.free = None
 
     async def connect(self):
         return await asyncio.open_connection(HOST, self.port)
 
     async def prepare(self):
-        self.free = asyncio.Queue()
+        # not in __init__: up to 3.9 a queue belongs to the loop of the thread that makes it
+        self.queue = asyncio.Queue()
         if self.back == "pool":
             for _ in range(POOL):
-                self.free.put_nowait(await self.connect())
+                self.queue.put_nowait(await self.connect())
 
     async def ask(self, rid, call):
         """One call."""
-        reader, writer = await (self.free.get() if self.back == "pool" else self.connect())
+        reader, writer = await (self.queue.get() if self.back == "pool" else self.connect())
         writer.write(request(rid, call))
         await writer.drain()
         head = await read_head(reader)
         await reader.readexactly(7)
         assert rid in head, (rid, head)
         if self.back == "pool":
-            self.free.put_nowait((reader, writer))
+            self.queue.put_nowait((reader, writer))
         else:
             writer.close()
 
@@ -99,7 +99,7 @@ class ThreadBackend:
         connection = getattr(self.kept, "connection", None)
         if connection is None or self.back == "fresh":
             connection = self.kept.connection = http.client.HTTPConnection(HOST, self.port)
-        connection.request("GET", "/b/%s/%d" % (rid.decode(), call))
+        connection.request("GET", f"/b/{rid.decode()}/{call}")
         response = connection.getresponse()
         assert response.reason == rid.decode(), (rid, response.reason)
         response.read()

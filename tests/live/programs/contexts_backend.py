@@ -32,9 +32,7 @@ class Protocol(asyncio.Protocol):
             if (int(rid) + int(call)) % 3:
                 self.transport.write(answer)
             else:
-                asyncio.get_running_loop().call_later(
-                    LATE_SECONDS, self.transport.write, answer
-                )
+                asyncio.get_running_loop().call_later(LATE_SECONDS, self.transport.write, answer)
 
 
 async def main() -> None:

@@ -71,9 +71,7 @@ def serve(connection: socket.socket, _: Any) -> None:
         connection.sendall(answer(rid))
 
 
-def application(
-    environ: dict[str, Any], start_response: Callable[..., Any]
-) -> Iterable[bytes]:
+def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
     """Of the WSGI server."""
     rid = environ["PATH_INFO"][3:]
     handle(rid.encode())

@@ -26,7 +26,7 @@ def ask(rid, call):
     connection = getattr(kept, "connection", None)
     if connection is None or back == "fresh":
         connection = kept.connection = http.client.HTTPConnection(HOST, port)
-    connection.request("GET", "/b/%s/%d" % (rid.decode(), call))
+    connection.request("GET", f"/b/{rid.decode()}/{call}")
     response = connection.getresponse()
     assert response.reason == rid.decode(), (rid, response.reason)
     response.read()
@@ -59,12 +59,14 @@ def main():
                 connection, _ = listener.accept()
                 selector.register(connection, selectors.EVENT_READ)
                 continue
-            data = key.fileobj.recv(65536)
+            connection = key.fileobj
+            assert isinstance(connection, socket.socket)
+            data = connection.recv(65536)
             if data:
-                pool.submit(work, key.fileobj, data.split(b" ")[1][3:])
+                pool.submit(work, connection, data.split(b" ")[1][3:])
             else:
-                selector.unregister(key.fileobj)
-                key.fileobj.close()
+                selector.unregister(connection)
+                connection.close()
 
 
 main()

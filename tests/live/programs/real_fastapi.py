@@ -26,17 +26,15 @@ POOL = 6
 DATABASE_URL = os.environ["REAL_DATABASE_URL"]
 REDIS_URL = os.environ["REAL_REDIS_URL"]
 in_threads = redis.Redis.from_url(REDIS_URL)
-database: asyncpg.Pool
-cache: redis.asyncio.Redis
+cache = redis.asyncio.Redis.from_url(REDIS_URL)
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     """Connect before the first request."""
-    global cache, database
-    cache = redis.asyncio.Redis.from_url(REDIS_URL)
     await cache.ping()
-    async with asyncpg.create_pool(DATABASE_URL, min_size=POOL, max_size=POOL) as database:
+    async with asyncpg.create_pool(DATABASE_URL, min_size=POOL, max_size=POOL) as pool:
+        app.state.database = pool
         print("ready", flush=True)
         yield
     await cache.aclose()
@@ -47,7 +45,7 @@ app = FastAPI(lifespan=lifespan)
 
 async def query(rid: str, call: int) -> int:
     """One statement, which sleeps a moment."""
-    async with database.acquire() as connection:
+    async with app.state.database.acquire() as connection:
         number = await connection.fetchval(
             f"SELECT count(*) FROM pg_sleep(0.002), products /* {rid}/{call} */"
         )

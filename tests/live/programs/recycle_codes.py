@@ -74,6 +74,4 @@ if kind == "threads":
 else:
     for number in range(COUNT):
         block(kind, number)
-print(
-    json.dumps({"count": COUNT, "addresses": len(addresses), "blocks": blocks}), flush=True
-)
+print(json.dumps({"count": COUNT, "addresses": len(addresses), "blocks": blocks}), flush=True)

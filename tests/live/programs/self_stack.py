@@ -317,7 +317,7 @@ def drive(log, parent):
     try:
         step.send(None)  # calls working
     except StopIteration:
-        pass
+        here(log, node, HERE)
     here(log, node, LEAVE)
 
 
