@@ -13,7 +13,8 @@ An event loop receives in contexts of its own, one for each connection's reader.
 therefore owned by the context that sent its response, or the topmost one above that which was made
 after the request had come (a task for each request, as uvicorn and aiohttp make them); if none was,
 the sender is a task that handles its connection's requests one after the other. What the reader's
-context made while the request was open is the request's, too.
+context made while the request was open is the request's, too. Likewise a thread of a pool that took an
+item after the request had come, and answered it before it took the next one, worked on it.
 
 Two requests at once in one context prove nothing: their calls belong to neither.
 """
@@ -107,13 +108,14 @@ class Lineage:
     def is_greenlet(self, context: NDArray[np.uint64]) -> Mask:
         """Which contexts are greenlets."""
         rows = self.rows_of(context)
-        found: Mask = rows != NONE
+        found = np.asarray(rows != NONE)
         found[found] = self._greenlet.to_numpy()[rows[found]]
         return found
 
     def is_stack(self, context: NDArray[np.uint64]) -> Mask:
         """Which are stacks of threads or greenlets, and no copies of contexts."""
-        return self.is_greenlet(context) | (context == 0)
+        stack: Mask = self.is_greenlet(context) | (context == 0)
+        return stack
 
     def makers(self, context: NDArray[np.uint64]) -> tuple[Points, Mask]:
         """Where contexts were made, and of which that is known."""
@@ -140,6 +142,22 @@ class Lineage:
         child[maker[known]] = self._context[copies[known]]
         return np.where(times[rows] == 1, child[rows], np.uint64(0))
 
+    def last_taken_ns(self, points: Points) -> Times:
+        """When the flows of some points took their last item up to then; 0: they took none."""
+        last = self._last_taken(points)
+        taken_ns = pl.when("got").then("time_ns").otherwise(0).cast(pl.Int64)
+        times = np.r_[self._taken.select(taken_ns).to_series().to_numpy(), 0]
+        return np.where(last == NONE, 0, times[last])
+
+    def _last_taken(self, points: Points) -> Rows:
+        taken = self._taken
+        group, of_group = group_numbers(
+            (taken["tgid"].to_numpy(), points.tgid),
+            (taken["tid"].to_numpy(), points.tid),
+            (taken["context"].to_numpy(), points.context),
+        )
+        return latest_before(group, taken["time_ns"].to_numpy(), of_group, points.time_ns)
+
     def origins(self, points: Points) -> tuple[Points, Mask, Mask]:
         """Where what happens at some points comes from: where its context was made, or item put.
 
@@ -147,13 +165,7 @@ class Lineage:
         """
         made, known = self.makers(points.context)
         known &= points.context != 0
-        taken = self._taken
-        group, of_group = group_numbers(
-            (taken["tgid"].to_numpy(), points.tgid),
-            (taken["tid"].to_numpy(), points.tid),
-            (taken["context"].to_numpy(), points.context),
-        )
-        last = latest_before(group, taken["time_ns"].to_numpy(), of_group, points.time_ns)
+        taken, last = self._taken, self._last_taken(points)
         by_item: Mask = last != NONE
         at = last[by_item]
         by_item[by_item] = taken["paired"].to_numpy()[at]
@@ -172,7 +184,7 @@ def _taken_items(
 ) -> pl.DataFrame:
     """What threads took from queues, and their births.
 
-    `tgid`, `tid`, `context`, `time_ns`; `paired`: it is known who put it there; `put_tid`, `put_context`,
+    `tgid`, `tid`, `context`, `time_ns`; `got`: else a birth; `paired`: it is known who put it there; `put_tid`, `put_context`,
     `put_ns`. An address is used again: an item that was got is the one that was put there last,
     unless two were on their way at once, as the same small number or None may be.
     """
@@ -201,6 +213,7 @@ def _taken_items(
         pl.col("put_context").fill_null(0),
         pl.col("put_ns").fill_null(0),
         paired=paired.fill_null(value=False),
+        got=pl.lit(value=True),
     )
     born = births.join(gots, on=["tgid", "tid"], how="semi").select(
         "tgid",
@@ -211,6 +224,7 @@ def _taken_items(
         put_context=pl.lit(0, dtype=pl.UInt64),
         put_ns=pl.lit(0, dtype=pl.Int64),
         paired=pl.lit(value=False),
+        got=pl.lit(value=False),
     )
     return pl.concat([born, gots])
 
@@ -238,8 +252,16 @@ def own_requests(
 
     - `received_in`: the reader's context that received it, if that is another one; else 0
     - `made_for`: whether `context` was made for the request, after it had come
+    - `worked_tid`, `worked_in`, `worked_ns`: the thread of a pool that worked on it, its context (0 or
+      a greenlet), and since when; or 0
     """
-    nothing = {"received_in": pl.lit(0, dtype=pl.UInt64), "made_for": pl.lit(value=False)}
+    nothing = {
+        "received_in": pl.lit(0, dtype=pl.UInt64),
+        "made_for": pl.lit(value=False),
+        "worked_tid": pl.lit(0, dtype=pl.UInt32),
+        "worked_in": pl.lit(0, dtype=pl.UInt64),
+        "worked_ns": pl.lit(0, dtype=pl.Int64),
+    }
     if lineage is None or exchanges.is_empty():
         return exchanges.with_columns(**nothing)
     received = ~exchanges["client"] & ~exchanges["delivery"] & ~exchanges["orphan"]
@@ -267,6 +289,14 @@ def own_requests(
     only = lineage.only_children(Points(tgid, tid, reader, came), unanswered)
     owner[unanswered] = np.where(only != 0, only, owner[unanswered])
     own[unanswered] = only != 0
+    # a pool's thread: by the item that it took after the request had come
+    answerer = exchanges["response_tid"].to_numpy()[rows]
+    taken_ns = lineage.last_taken_ns(Points(tgid, answerer, sender, ends))
+    pooled = (answerer != 0) & lineage.is_stack(sender) & (taken_ns >= came)
+    pooled &= (answerer != tid) | (sender != reader)
+    owner = np.where(pooled, reader, owner)
+    worked = np.zeros((3, len(exchanges)), np.uint64)
+    worked[:, rows[pooled]] = answerer[pooled], sender[pooled], taken_ns[pooled].astype(np.uint64)
     context, received_in = (
         exchanges["context"].to_numpy().copy(),
         np.zeros(len(exchanges), np.uint64),
@@ -274,11 +304,14 @@ def own_requests(
     made_for = np.zeros(len(exchanges), np.bool_)
     context[rows] = owner
     received_in[rows] = np.where((reader != owner) & ~lineage.is_stack(reader), reader, 0)
-    made_for[rows] = own
+    made_for[rows] = own & ~pooled
     return exchanges.with_columns(
         context=pl.Series(context, dtype=pl.UInt64),
         received_in=pl.Series(received_in, dtype=pl.UInt64),
         made_for=pl.Series(made_for),
+        worked_tid=pl.Series(worked[0]).cast(pl.UInt32),
+        worked_in=pl.Series(worked[1]),
+        worked_ns=pl.Series(worked[2]).cast(pl.Int64),
     )
 
 
@@ -334,6 +367,7 @@ class Owners:
     - `tgid`, `tid`, `context`; `start_ns`, `end_ns`
     - `request`: its row
     - `made_for`: the context was made for it: what it does after the request's end is because of it
+    - `by_item`: it is known by a work item that its thread took
     - `apart`: no other interval of the same flow overlaps it
     """
 
@@ -344,6 +378,7 @@ class Owners:
     end_ns: Times
     request: Rows
     made_for: Mask
+    by_item: Mask
     apart: Mask
 
 
@@ -389,9 +424,11 @@ def trace(points: Points, owners: Owners, lineage: Lineage, loops: pl.DataFrame 
         if len(owned):
             inside = found & (at.time_ns < owners.end_ns[row])
             found &= owners.apart[row] & (inside | owners.made_for[row])
+            item = owners.by_item[row]
+            found &= inside | ~item
             if step == 0:
-                found &= at.context != 0
-            stacks = np.flatnonzero(found & lineage.is_stack(at.context))
+                found &= (at.context != 0) | item
+            stacks = np.flatnonzero(found & lineage.is_stack(at.context) & ~item)
             if len(stacks):
                 found[stacks] &= inside[stacks] & ~waited_for_several(
                     loops,
@@ -404,7 +441,8 @@ def trace(points: Points, owners: Owners, lineage: Lineage, loops: pl.DataFrame 
             hit = active[found]
             traced.request[hit] = owners.request[row[found]]
             traced.late[hit] = points.time_ns[hit] >= owners.end_ns[row[found]]
-            traced.by_thread[hit] = at.context[found] == 0
+            traced.by_thread[hit] = (at.context[found] == 0) & ~item[found]
+            traced.by_item[hit] |= item[found]
             traced.steps[hit] = step
         # What a flow that handles requests does between them belongs to none.
         active, at = active[~found & ~blocked], at.of(~found & ~blocked)

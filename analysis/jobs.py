@@ -170,6 +170,9 @@ def _flows(drafts: pl.DataFrame, lines: NDArray[Any]) -> Flows:
         line=line,
         received_in=drafts["received_in"].fill_null(0).to_numpy(),
         made_for=drafts["made_for"].fill_null(value=False).to_numpy(),
+        worked_tid=drafts["worked_tid"].fill_null(0).to_numpy(),
+        worked_in=drafts["worked_in"].fill_null(0).to_numpy(),
+        worked_ns=drafts["worked_ns"].fill_null(0).to_numpy(),
     )
 
 
@@ -295,6 +298,7 @@ def _consumers(
         response_tid=pl.lit(0, dtype=pl.UInt32),
         received_in=pl.lit(0, dtype=pl.UInt64),
         made_for=pl.lit(value=False),
+        worked_tid=pl.lit(0, dtype=pl.UInt32),
         request_bytes="response_bytes",
         response_bytes=pl.lit(0, dtype=pl.Int64),
         exact=pl.lit(value=False),

@@ -50,8 +50,8 @@ class Flows:
     `begun_ns`: of a call, when it was decided on: if it made a connection first, at the connect().
     Of a request, when all of it was there: a proxy waits for the body before it passes it on.
     `line` is a number of what was asked (`GET /a?b=1`), equal where that is; 0 where it is not known
-    or of no protocol that proxies pass on. `received_in`, `made_for`: of requests, as
-    contexts.own_requests gives them; or empty.
+    or of no protocol that proxies pass on. `received_in`, `made_for`, `worked_…`: of requests,
+    as contexts.own_requests gives them; or empty.
     """
 
     tgid: NDArray[np.uint32]
@@ -63,6 +63,9 @@ class Flows:
     line: NDArray[Any]
     received_in: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     made_for: Mask = field(default_factory=lambda: np.zeros(0, np.bool_))
+    worked_tid: NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))
+    worked_in: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    worked_ns: Times = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
         """How many there are."""
@@ -213,20 +216,24 @@ def nest(
 
 
 def _owners(requests: Flows) -> Owners:
-    """The flows that worked on the requests: one for each, and behind them the readers' contexts."""
-    read = np.flatnonzero(requests.received_in)
-    rows = np.r_[np.arange(len(requests)), read]
-    context = np.r_[requests.context, requests.received_in[read]]
-    tgid, tid = requests.tgid[rows], requests.tid[rows]
-    start_ns, end_ns = requests.start_ns[rows], requests.end_ns[rows]
-    made_for = np.zeros(len(rows), np.bool_)
+    """The flows that worked on the requests: one for each, then the readers' contexts, then threads."""
+    count = len(requests)
+    read, worked = np.flatnonzero(requests.received_in), np.flatnonzero(requests.worked_tid)
+    rows = np.r_[np.arange(count), read, worked]
+    tgid, start_ns, end_ns = requests.tgid[rows], requests.start_ns[rows], requests.end_ns[rows]
+    tid = np.r_[requests.tid, requests.tid[read], requests.worked_tid[worked]]
+    context = np.r_[requests.context, requests.received_in[read], requests.worked_in[worked]]
+    made_for, by_item = np.zeros(len(rows), np.bool_), np.zeros(len(rows), np.bool_)
     made_for[: len(requests.made_for)] = requests.made_for
+    if len(worked):
+        start_ns[-len(worked) :] = requests.worked_ns[worked]
+        by_item[-len(worked) :] = True
     # a context may move between threads
     flow, _ = group_numbers(
         (tgid, tgid[:0]), (np.where(context == 0, tid, 0), tid[:0]), (context, context[:0])
     )
     apart = ~_overlapping(flow, start_ns, end_ns)
-    return Owners(tgid, tid, context, start_ns, end_ns, rows, made_for, apart)
+    return Owners(tgid, tid, context, start_ns, end_ns, rows, made_for, by_item, apart)
 
 
 def _traced(
