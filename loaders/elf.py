@@ -1,11 +1,15 @@
 """ELF files, read with pyelftools: sections and variables of BPF objects, functions of libraries."""
 
+import struct
+from bisect import bisect_right
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Final
 
 from elftools.common.exceptions import ELFError
 from elftools.construct import ConstructError
+from elftools.elf.dynamic import DynamicSegment, DynamicTag
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import Section, SymbolTableSection
 
@@ -114,13 +118,50 @@ class SharedLibrary:
                 for segment in file.iter_segments("PT_LOAD")
                 if segment["p_flags"] & 1  # PF_X
             ]
+            # what is loaded: (virtual address, offset in the file, bytes in the file)
+            self.segments: Final[list[tuple[int, int, int]]] = [
+                (segment["p_vaddr"], segment["p_offset"], segment["p_filesz"])
+                for segment in file.iter_segments("PT_LOAD")
+            ]
+            tags = [
+                tag
+                for segment in file.iter_segments("PT_DYNAMIC")
+                if isinstance(segment, DynamicSegment)
+                for tag in segment.iter_tags()
+            ]
+            self._frame_header = next(
+                (
+                    (segment["p_vaddr"], segment["p_offset"])
+                    for segment in file.iter_segments("PT_GNU_EH_FRAME")
+                ),
+                None,
+            )
+            # the dynamic linker's tables: where they are and how long; which files it loads, and where from
+            self.tags: Final = {str(tag.entry.d_tag): int(tag.entry.d_val) for tag in tags}
+            self.needed: Final = [_name(tag) for tag in tags if tag.entry.d_tag == "DT_NEEDED"]
+            self.search_path: Final = [
+                folder
+                for tag in tags
+                if tag.entry.d_tag in {"DT_RUNPATH", "DT_RPATH"}
+                for folder in _name(tag).split(":")
+            ]
             table = file.get_section_by_name(".dynsym")
-            self._exported = {
-                symbol.name: symbol["st_value"]
+            defined = [
+                symbol
                 for symbol in (
                     table.iter_symbols() if isinstance(table, SymbolTableSection) else ()
                 )
-                if symbol["st_info"]["type"] == "STT_FUNC" and symbol["st_shndx"] != "SHN_UNDEF"
+                if symbol["st_shndx"] != "SHN_UNDEF"
+            ]
+            self._exported = {
+                symbol.name: symbol["st_value"]
+                for symbol in defined
+                if symbol["st_info"]["type"] == "STT_FUNC"
+            }
+            self._variables = {
+                symbol.name: int(symbol["st_value"])
+                for symbol in defined
+                if symbol["st_info"]["type"] == "STT_OBJECT"
             }
         except OSError as error:
             raise FormatError(f"cannot read {path}: {error.strerror}") from error
@@ -133,6 +174,10 @@ class SharedLibrary:
         """The offset in the file of an exported function; None if there is none."""
         address = self._exported.get(name)
         return None if address is None else self.offset(address)
+
+    def variable(self, name: str) -> int | None:
+        """The virtual address of an exported variable; None if there is none."""
+        return self._variables.get(name)
 
     def offset(self, address: int) -> int | None:
         """The offset in the file of code at a virtual address; None if no code is there."""
@@ -151,3 +196,47 @@ class SharedLibrary:
     def code(self, offset: int, length: int) -> bytes:
         """Bytes of the file."""
         return self._data[offset : offset + length]
+
+    def extent(self, offset: int) -> int | None:
+        """How long the function at an offset is, in bytes; None if its unwind information does not say.
+
+        A function of which the compiler moved a part elsewhere has only its first part here.
+        """
+        address = self.address(offset)
+        starts, entries = self._unwinding
+        if address is None or self._frame_header is None:
+            return None
+        base, at = self._frame_header
+        index = bisect_right(starts, address - base) - 1
+        if index < 0:
+            return None
+        # an FDE: length, CIE, start, length of the code (DWARF 5, 6.4.1; LSB 5, 10.6.1)
+        entry = at + entries[index] + 12
+        length = int.from_bytes(self._data[entry : entry + 4], "little")
+        end = base + starts[index] + length
+        return end - address if address < end else None
+
+    @cached_property
+    def _unwinding(self) -> tuple[list[int], list[int]]:
+        """The sorted table of .eh_frame_hdr: where functions start and where their FDEs are.
+
+        Both count from the header. Empty for another encoding than the usual one of 4 bytes each.
+        """
+        if self._frame_header is None:
+            return [], []
+        at = self._frame_header[1]
+        if self._data[at : at + 4] != b"\x01\x1b\x03\x3b":
+            return [], []
+        count = int.from_bytes(self._data[at + 8 : at + 12], "little")
+        count = min(count, (len(self._data) - at - 12) // 8)
+        numbers = struct.unpack_from(f"<{2 * count}i", self._data, at + 12)
+        return list(numbers[::2]), list(numbers[1::2])
+
+    def contents(self) -> bytes:
+        """The whole file."""
+        return self._data
+
+
+def _name(tag: DynamicTag) -> str:
+    """The text of a tag of the dynamic section that is one: pyelftools names it after the tag."""
+    return str(getattr(tag, str(tag.entry.d_tag)[3:].lower()))

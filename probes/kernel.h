@@ -64,7 +64,7 @@ enum {
 
 #if defined(__TARGET_ARCH_x86)
 struct pt_regs {
-	unsigned long bx, cx, dx, si, di, ax, r8, r10, orig_ax;
+	unsigned long bx, cx, dx, si, di, ax, r8, r10, orig_ax, sp;
 } KERNEL_TYPE;
 #define SYSCALL_NUMBER(regs) ((long)(regs)->orig_ax)
 #define SYSCALL_ARG0(regs) ((regs)->di)
@@ -83,9 +83,11 @@ struct pt_regs {
 #define FUNCTION_ARG3(regs) ((regs)->cx)
 #define FUNCTION_ARG4(regs) ((regs)->r8)
 #define FUNCTION_RESULT(regs) ((regs)->ax)
+#define STACK_POINTER(regs) ((regs)->sp)
 #elif defined(__TARGET_ARCH_arm64)
 struct pt_regs {
 	__u64 regs[31];
+	__u64 sp;
 	__u64 orig_x0;
 	__s32 syscallno;
 } KERNEL_TYPE;
@@ -104,6 +106,7 @@ struct pt_regs {
 #define FUNCTION_ARG3(regs) ((regs)->regs[3])
 #define FUNCTION_ARG4(regs) ((regs)->regs[4])
 #define FUNCTION_RESULT(regs) ((regs)->regs[0])
+#define STACK_POINTER(regs) ((regs)->sp)
 #else
 #error "scope-ebpf: no register names for this architecture; add them above"
 #endif

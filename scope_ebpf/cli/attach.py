@@ -4,6 +4,7 @@ import click
 
 from scope_ebpf.cli.options import recording_options
 from scope_ebpf.errors import UsageError
+from scope_ebpf.probe_specs import ProbeSpec
 
 
 @click.command(
@@ -36,6 +37,7 @@ def attach(
     output: str | None,
     duration: float | None,
     families: tuple[str, ...],
+    probes: tuple[ProbeSpec, ...],
     payload_bytes: int,
     unredacted: bool,
 ) -> None:
@@ -60,6 +62,7 @@ def attach(
             tgids=tuple(target.tgid for target in targets),
             follow=follow,
             families=families,
+            probes=probes,
             payload_bytes=payload_bytes,
         ),
         output=output,

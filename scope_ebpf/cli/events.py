@@ -27,6 +27,7 @@ TABLES = (
     "connects",
     "tls",
     "offcpu",
+    "hits",
     "losses",
 )
 EXAMPLES = """\b
@@ -51,10 +52,11 @@ SHOWN = {
     "result error",
     "tls": "start_ns duration_ns tgid tid direction length_bytes payload",
     "offcpu": "start_ns waiting_ns runnable_ns tgid tid state name waker_tid waker_name",
+    "hits": "time_ns duration_ns tgid tid probe arguments",
     "losses": "time_ns cpu table lost",
 }
 # Columns whose values have no natural width; the terminal's is shared among them.
-FLEXIBLE = {"command_line", "cgroup", "local_path", "remote_path", "payload"}
+FLEXIBLE = {"command_line", "cgroup", "local_path", "remote_path", "payload", "arguments"}
 MIN_FLEXIBLE = 24
 GAP = "  "
 MOMENTS = {"start_ns", "time_ns", "syscall_start_ns"}
@@ -85,8 +87,8 @@ def events(
 ) -> None:
     r"""Print rows of a TABLE of the recording REC, in the order in which they were stored.
 
-    TABLE is processes, syscalls, messages, connections, connects, tls, offcpu or losses. EXPR may
-    use all of its columns, those that are not shown as well: --json --limit 1 shows them. Times in
+    TABLE is processes, syscalls, messages, connections, connects, tls, offcpu, hits or losses. EXPR
+    may use all of its columns, those that are not shown as well: --json --limit 1 shows them. Times in
     EXPR, JSON and CSV are nanoseconds of CLOCK_MONOTONIC; the table for people shows points in time
     as seconds since the recording began, durations with a unit, and long values cut.
 
@@ -112,7 +114,7 @@ def events(
         return
     shown = chosen or SHOWN[table].split()
     limit = limit or DEFAULT_LIMIT
-    rows = _collect(opened, frame.select(shown).head(limit), where)
+    rows = _collect(opened, frame.select(shown).head(limit).with_columns(_as_line()), where)
     with output.results():
         click.echo("\n".join(render(rows, opened.meta, output.width())))
     if rows.height == limit:
@@ -143,6 +145,13 @@ def _readable(frame: pl.LazyFrame) -> pl.LazyFrame:
     )
     texts = [name for name, dtype in frame.collect_schema().items() if isinstance(dtype, pl.Enum)]
     return frame.with_columns(escaped, pl.col(texts).cast(pl.String))
+
+
+def _as_line() -> pl.Expr:
+    """Lists of texts as one text; what could not be read is a dash."""
+    import polars as pl
+
+    return pl.col(pl.List(pl.String)).list.eval(pl.element().fill_null("-")).list.join(", ")
 
 
 def _columns(given: str | None, every: Sequence[str]) -> list[str]:
@@ -179,7 +188,7 @@ def _sink(recording: Recording, frame: pl.LazyFrame, where: str | None, *, as_js
                 if as_json:
                     frame.sink_ndjson(cast("IO[bytes]", stream))
                 else:
-                    frame.sink_csv(cast("IO[bytes]", stream))
+                    frame.with_columns(_as_line()).sink_csv(cast("IO[bytes]", stream))
                 stream.flush()
         except RecordingError as error:
             if where is not None and isinstance(error.__cause__, pl.exceptions.PolarsError):

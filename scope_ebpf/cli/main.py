@@ -24,6 +24,7 @@ COMMANDS = {
     "services": "Show who talks to whom, how often and how slowly.",
     "events": "Show the rows of a recording's table.",
     "export": "Write spans for OpenTelemetry or Perfetto.",
+    "probes": "List the USDT probes of a program or library.",
     "doctor": "Tell which probes work on this host, and how to fix the others.",
 }
 

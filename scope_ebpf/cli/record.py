@@ -3,6 +3,7 @@
 import click
 
 from scope_ebpf.cli.options import recording_options
+from scope_ebpf.probe_specs import ProbeSpec
 
 
 @click.command(
@@ -25,6 +26,7 @@ def record(
     output: str | None,
     duration: float | None,
     families: tuple[str, ...],
+    probes: tuple[ProbeSpec, ...],
     payload_bytes: int,
     unredacted: bool,
 ) -> None:
@@ -43,7 +45,11 @@ def record(
     directory = None if cgroup is None else resolve(cgroup)
     session.record(
         CaptureOptions(
-            cgroup=directory, everything=everything, families=families, payload_bytes=payload_bytes
+            cgroup=directory,
+            everything=everything,
+            families=families,
+            probes=probes,
+            payload_bytes=payload_bytes,
         ),
         output=output,
         subject="host" if directory is None else directory.name,

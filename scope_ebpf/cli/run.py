@@ -11,6 +11,7 @@ import click
 
 from scope_ebpf.cli.options import recording_options
 from scope_ebpf.errors import ScopeError
+from scope_ebpf.probe_specs import ProbeSpec
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as the shell does
 
@@ -37,6 +38,7 @@ def run(
     output: str | None,
     duration: float | None,
     families: tuple[str, ...],
+    probes: tuple[ProbeSpec, ...],
     payload_bytes: int,
     unredacted: bool,
 ) -> None:
@@ -60,6 +62,7 @@ def run(
                     after_exec=True,
                     follow=follow,
                     families=families,
+                    probes=probes,
                     payload_bytes=payload_bytes,
                     commands=(Path(shutil.which(command[0]) or command[0]).absolute(),),
                 ),

@@ -106,7 +106,7 @@ def record(
         privileges.drop_after_attaching(os.environ)
         say(f"recording {printable(subject)} to {printable(str(path))}; {ending}")
 
-    if unredacted and options.payload_bytes:
+    if unredacted and (options.payload_bytes or options.probes):
         say(UNREDACTED)
     recorder = Recorder(
         Plan(path, options, targets, tuple(sys.argv), duration, unredacted), on_attached=attached
