@@ -184,9 +184,9 @@ def _taken_items(
 ) -> pl.DataFrame:
     """What threads took from queues, and their births.
 
-    `tgid`, `tid`, `context`, `time_ns`; `got`: else a birth; `paired`: it is known who put it there; `put_tid`, `put_context`,
-    `put_ns`. An address is used again: an item that was got is the one that was put there last,
-    unless two were on their way at once, as the same small number or None may be.
+    `tgid`, `tid`, `context`, `time_ns`; `got`: else a birth; `paired`: it is known who put it there;
+    `put_tid`, `put_context`, `put_ns`. An address is used again: an item that was got is the one that was
+    put there last, unless two were on their way at once, as the same small number or None may be.
     """
     item = ["tgid", "item"]
     events = handoffs.with_columns(move=pl.when("put").then(1).otherwise(-1)).sort(

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from scope_ebpf import records
 from scope_ebpf.errors import LoadError
 from scope_ebpf.families import FAMILIES
-from scope_ebpf.loaders import tls
+from scope_ebpf.loaders import hits, tls
 from scope_ebpf.loaders.cgroups import descendants
-from scope_ebpf.loaders.libbpf import BpfObject, possible_cpus, tracepoint_arguments
+from scope_ebpf.loaders.hit_families import HIT_FAMILIES, add_family
+from scope_ebpf.loaders.libbpf import BpfObject, Uprobe, possible_cpus, tracepoint_arguments
 from scope_ebpf.loaders.python import watch
 from scope_ebpf.loaders.python.watch import PythonWatch
 from scope_ebpf.loaders.ring import Records, SlotRing, array_in
+from scope_ebpf.probe_specs import ProbeSpec
 from scope_ebpf.records import RecordLimits
 from scope_ebpf.syscalls import SYSCALLS
 
@@ -47,6 +49,8 @@ RECORDS = (
     "stack_part",
     "code_part",
     "hit",
+    "hit_probe",
+    "hit_argument",
     "interpreter",
     "cpu_state",
 )
@@ -98,7 +102,8 @@ class CaptureOptions:
         cgroup: a directory of the unified hierarchy whose members are recorded.
         everything: record the whole host, but not this process.
         follow: record the targets' children, too.
-        families: which tables to fill, of FAMILIES.
+        families: which tables to fill, of FAMILIES and EXTRA_FAMILIES.
+        probes: the user's own.
         commands: programs that the targets are about to execute: libraries are sought beside them.
         payload_bytes: how much of a payload's head to keep; 0 for nothing.
         sample_hz: how often a second of CPU time the stack of a running thread is taken.
@@ -112,6 +117,7 @@ class CaptureOptions:
     everything: bool = False
     follow: bool = True
     families: tuple[str, ...] = FAMILIES
+    probes: tuple[ProbeSpec, ...] = ()
     commands: tuple[Path, ...] = ()
     payload_bytes: int = 512
     sample_hz: int = 99
@@ -156,6 +162,7 @@ class Capture:
         """Load the programs; nothing is attached yet.
 
         Raises:
+            UsageError, FormatError: there is no place for one of the user's probes.
             LoadError: the kernel refuses, with the reason.
         """
         self.options = options
@@ -170,6 +177,10 @@ class Capture:
         )
         # what of the chosen families is missing, and why
         self.notes: list[str] = []
+        self.places = hits.Places()
+        for probe in options.probes:
+            self.places.add_spec(probe)
+        self.notes += self.places.notes
         self._object = BpfObject(OBJECT)
         try:
             self._load()
@@ -208,6 +219,9 @@ class Capture:
             chosen += ("on_sched_waking",)
         return chosen
 
+    def _records_hits(self) -> bool:
+        return bool(self.options.probes) or bool(set(HIT_FAMILIES) & set(self.options.families))
+
     def _records_calls(self) -> bool:
         return bool({"syscalls", "messages", *watch.FAMILIES} & set(self.options.families))
 
@@ -225,9 +239,10 @@ class Capture:
                 *(tls.PROGRAMS if "tls" in families else ()),
                 *(watch.UPROBES if self._follows_python() else ()),
                 *(("on_tick",) if "samples" in families else ()),
+                *((hits.PROGRAM,) if self._records_hits() else ()),
             }
         )
-        self._object.expect_uprobes(*tls.PROGRAMS, *watch.UPROBES)
+        self._object.expect_uprobes(*tls.PROGRAMS, *watch.UPROBES, hits.PROGRAM)
         self._object.set_constants(
             record_syscalls="syscalls" in families,
             record_messages="messages" in families,
@@ -254,6 +269,9 @@ class Capture:
         # one for programs and one for the clock that interrupts them
         self._object.resize("walks", self.cpus * WALKS)
         self._object.resize("gathered", self.cpus, max(2 * options.payload_bytes, 64))
+        if not self._records_hits():
+            for name in ("hit_probes", "hit_arguments", "hit_begins"):
+                self._object.resize(name, 1)
         self._object.load()
         self._map_rings()
         self._pythons = PythonWatch(self._object, families) if self._follows_python() else None
@@ -274,6 +292,8 @@ class Capture:
         self._entries_seen = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         offset, _ = variables["tls_wanted"]
         self._tls_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
+        offset, _ = variables["hits_wanted"]
+        self._hits_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         self.hot = self._rings("hot", hot_dtype(), self.hot_slots)
         self.wide = self._rings("wide", wide_dtype(self.wide_stride), self.wide_slots)
 
@@ -322,6 +342,8 @@ class Capture:
             self.notes += self._pythons.attach(tgids, self.options.commands)
         if "samples" in self.options.families:
             self._object.attach_clock("on_tick", self.options.sample_hz)
+        if self._records_hits():
+            self._attach_hits(tgids)
         if self._records_calls():
             self._object.attach(*CALL_PROGRAMS)
             self._entries_seen[0] = 1
@@ -369,6 +391,39 @@ class Capture:
         if self._pythons.changes != before:
             self._look_up_running()
         return rows
+
+    def _attach_hits(self, tgids: set[int]) -> None:
+        """Put the user's own probes where they belong, and those of families into the targets' programs.
+
+        What a user asked for must work; what a family's files do not allow is noted.
+        """
+        asked = len(self.places.places)
+        if self.options.after_exec:
+            tgids = set()  # what they run now is not what will be recorded
+        for family in HIT_FAMILIES:
+            if family in self.options.families:
+                self.notes += add_family(self.places, family, tgids, self.options.commands)
+        places = self.places.places
+        self._object.update_all(
+            "hit_probes", [element.tobytes() for element in hits.probe_elements(places)]
+        )
+        for number, place in enumerate(places):
+            elements = hits.argument_elements(place.arguments)
+            self._object.update_all(
+                "hit_arguments",
+                [element.tobytes() for element in elements],
+                number * len(elements),
+            )
+        for numbers in self.places.links():
+            path, at_return = places[numbers[0]].path, places[numbers[0]].at_return
+            uprobes = [Uprobe(places[n].offset, n, places[n].semaphore) for n in numbers]
+            try:
+                self._object.attach_uprobes(hits.PROGRAM, path, uprobes, at_return=at_return)
+            except LoadError as error:
+                if min(numbers) < asked:
+                    raise
+                self.notes.append(f"the probes of {path} are not used: {error}")
+        self._hits_wanted[0] = 1
 
     def mark_tasks(self) -> Records:
         """Take up every running thread that belongs to the targets; returns MARKED_TASK records."""
@@ -425,7 +480,7 @@ class Capture:
         What completed before is still in the rings; drain once more.
         """
         # detaching uprobes takes a tenth of a second for each, while the rings would fill: close() does it
-        self._tls_wanted[0] = 0
+        self._tls_wanted[0] = self._hits_wanted[0] = 0
         if self._pythons is not None:
             self._pythons.stop()
         self._object.detach("on_sys_enter")

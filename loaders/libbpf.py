@@ -10,9 +10,11 @@ import mmap
 import os
 import struct
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from scope_ebpf.errors import LoadError
 from scope_ebpf.loaders.btf import Btf
@@ -38,9 +40,36 @@ CAUSES = {
     errno.ENOENT: "this kernel does not have what it attaches to",
     errno.ESRCH: "this kernel does not have what it attaches to",
     errno.EOPNOTSUPP: "this kernel does not offer that kind of probe",
+    524: "the kernel takes no probe at that instruction",  # ENOTSUPP, which is no errno of user space
     errno.ENOMEM: "there is not enough memory, or RLIMIT_MEMLOCK is too low (kernels before 5.11)",
     errno.E2BIG: "the program or map is larger than this kernel allows",
 }
+
+
+class Uprobe(NamedTuple):
+    """A place in a file for a uprobe.
+
+    Attributes:
+        offset: in the file.
+        cookie: what bpf_get_attach_cookie() tells the program there.
+        semaphore: offset in the file of a counter that the kernel counts up while the uprobe is there, or 0.
+    """
+
+    offset: int
+    cookie: int = 0
+    semaphore: int = 0
+
+
+class _UprobeOptions(c.Structure):
+    """struct bpf_uprobe_opts."""
+
+    _fields_ = (
+        ("size", c.c_size_t),
+        ("semaphore", c.c_size_t),
+        ("cookie", c.c_uint64),
+        ("at_return", c.c_bool),
+        ("function", c.c_char_p),
+    )
 
 
 class _Library:
@@ -83,7 +112,7 @@ class _Library:
         self.find_program = function("bpf_object__find_program_by_name", pointer, pointer, text)
         self.attach = function("bpf_program__attach", pointer, pointer)
         self.attach_uprobe = function(
-            "bpf_program__attach_uprobe", pointer, pointer, c.c_bool, number, text, size
+            "bpf_program__attach_uprobe_opts", pointer, pointer, number, text, size, pointer
         )
         self.attach_perf_event = function(
             "bpf_program__attach_perf_event", pointer, pointer, number
@@ -280,18 +309,34 @@ class BpfObject:
         Raises:
             LoadError: with the kernel's reason.
         """
+        self.attach_uprobes(name, path, [Uprobe(offset)], at_return=at_return)
+
+    def attach_uprobes(
+        self, name: str, path: Path, places: Sequence[Uprobe], *, at_return: bool
+    ) -> None:
+        """Attach a program to places of a file, in every process that has it mapped; until close().
+
+        Raises:
+            LoadError: with the kernel's reason.
+        """
         self._lib.log.clear()
         program, action = self._program(name), f"attach {name} to {path}"
         if has_multi_uprobes():
-            descriptor = _multi_uprobe(self._lib.program_fd(program), path, offset, at_return)
+            descriptor = _multi_uprobe(self._lib.program_fd(program), path, places, at_return)
             self._check(descriptor, action)
             self._descriptors.append(descriptor)
             return
         every_process = -1
-        link = self._lib.attach_uprobe(program, at_return, every_process, os.fsencode(path), offset)
-        if not link:
-            self._check(-c.get_errno(), action)
-        self._links[f"{name} {path} {offset}"] = link
+        for place in places:
+            options = _UprobeOptions(
+                c.sizeof(_UprobeOptions), place.semaphore, place.cookie, at_return, None
+            )
+            link = self._lib.attach_uprobe(
+                program, every_process, os.fsencode(path), place.offset, c.byref(options)
+            )
+            if not link:
+                self._check(-c.get_errno(), action)
+            self._links[f"{name} {path} {place.offset} {place.cookie} {at_return}"] = link
 
     def attach_clock(self, name: str, frequency_hz: int) -> None:
         """Run a program so many times a second of CPU time on each CPU that is online; until close().
@@ -341,6 +386,12 @@ class BpfObject:
         result = self._lib.map_update(self.map_fd(name), key_data, c.byref(c.c_uint32(value)), 0)
         self._check(result, f"update the map {name}")
 
+    def update_all(self, name: str, elements: Sequence[bytes], first: int = 0) -> None:
+        """Set elements of an array one after the other."""
+        for key, element in enumerate(elements, first):
+            result = self._lib.map_update(self.map_fd(name), c.byref(c.c_uint32(key)), element, 0)
+            self._check(result, f"update the map {name}")
+
     def map_memory(self, name: str, length: int, *, writable: bool = False) -> mmap.mmap:
         """Map a BPF_F_MMAPABLE array's elements into this process."""
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
@@ -383,14 +434,18 @@ def has_multi_uprobes() -> bool:
         lib.btf_free(btf)
 
 
-def _multi_uprobe(program_fd: int, path: Path, offset: int, at_return: bool) -> int:
+def _multi_uprobe(program_fd: int, path: Path, places: Sequence[Uprobe], at_return: bool) -> int:
     """bpf(BPF_LINK_CREATE), which libbpf 1.1 does not know for this: a descriptor, or -errno."""
-    name, offsets = c.create_string_buffer(os.fsencode(path)), (c.c_uint64 * 1)(offset)
+    name, count = c.create_string_buffer(os.fsencode(path)), len(places)
+    offsets = (c.c_uint64 * count)(*(place.offset for place in places))
+    cookies = (c.c_uint64 * count)(*(place.cookie for place in places))
+    semaphores = (c.c_uint64 * count)(*(place.semaphore for place in places))
     attributes = c.create_string_buffer(64)
     # program, target, type, flags; path, offsets, reference counters, cookies; count, flags, pid
     MULTI_UPROBE.pack_into(
         attributes, 0, program_fd, 0, BPF_TRACE_UPROBE_MULTI, 0,
-        c.addressof(name), c.addressof(offsets), 0, 0, 1, int(at_return), 0,
+        c.addressof(name), c.addressof(offsets), c.addressof(semaphores), c.addressof(cookies),
+        count, int(at_return), 0,
     )  # fmt: skip
     call = c.CDLL(None, use_errno=True).syscall
     call.restype, call.argtypes = c.c_long, [c.c_long, c.c_int, c.c_void_p, c.c_uint]

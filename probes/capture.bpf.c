@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /*
- * The capture spine: processes, system calls, messages, TLS plain text and off-CPU time of recorded
- * threads. Each header opens with what its probes see, miss and cost.
+ * The capture spine: processes, system calls, messages, TLS plain text, off-CPU time and the user's own
+ * probes of recorded threads. Each header opens with what its probes see, miss and cost.
  */
 /* BPF_PROG() names the raw context in every program, needed or not. */
 #pragma clang diagnostic ignored "-Wunused-parameter"
@@ -9,5 +9,6 @@
 #include "state.h"
 #include "processes.h"
 #include "tls.h"
+#include "hits.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

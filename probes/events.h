@@ -299,6 +299,7 @@ enum python_limits {
 	CODE_MORE_BYTES = 448, /* of the line table in each further slot */
 	CODE_PARTS = 8,
 	HIT_ARGUMENTS = 8,
+	HIT_TEXTS = 4,
 	HIT_TEXT_BYTES = 320,
 };
 
@@ -429,12 +430,63 @@ struct hit {
 	__u32 tgid;
 	__u32 tid;
 	__u64 context;
-	__u32 text_bytes; /* captured bytes of all texts, one after the other */
-	__u16 text_lengths[4]; /* of the first four texts: captured bytes */
-	__u32 reserved;
+	__u32 unread; /* a bit per argument that could not be read: its value means nothing */
+	__u16 text_lengths[HIT_TEXTS]; /* captured bytes of each text, without the zero at its end */
+	__u32 began; /* 1: duration_ns is from the begin to the end of a pair, and time_ns is the begin */
 	__u64 reserved1[1];
-	__u64 values[HIT_ARGUMENTS]; /* of a text: its length in all */
-	char text[HIT_TEXT_BYTES];
+	__u64 values[HIT_ARGUMENTS]; /* of a text: 1 if there is more of it than was captured */
+	char text[HIT_TEXT_BYTES]; /* each where its hit_argument says */
+};
+
+/* Where an argument of a probe comes from. */
+enum hit_source {
+	HIT_NOWHERE = 0, /* it cannot be read: a vector register, an unknown symbol */
+	HIT_CONSTANT = 1,
+	HIT_REGISTER = 2,
+	HIT_MEMORY = 3,
+	HIT_CARRIED = 4, /* the begin of the pair left it */
+};
+
+/* What a hit of a probe does, in `role` of a hit_probe; `flags` of a hit_argument. */
+enum hit_flags {
+	HIT_ROW = 1,	   /* write a record */
+	HIT_BEGINS = 2,	   /* remember when, for the end of the pair */
+	HIT_ENDS = 4,
+	HIT_NESTS = 8,	   /* begin and end see the same stack pointer, which tells nested pairs apart */
+	HIT_RETURNS = 16,  /* the return of a function: its address was taken from the stack */
+	HIT_SIGNED = 32,   /* of an argument */
+	HIT_TEXT = 64,	   /* of an argument: the address of a zero-ended string */
+};
+
+enum hit_limits {
+	HIT_PROBES = 2048, /* places at once */
+	HIT_BEGINNINGS = 16384, /* pairs that are open at once; the least recently begun goes first */
+	HIT_TEXT_LAST = 240, /* the second and later texts begin here at the latest, */
+	HIT_TEXT_MORE = 104, /* and are at most so long */
+	HIT_CARRIES = 2, /* arguments that the begin of a pair leaves for its end */
+	HIT_NO_REGISTER = 0xffff,
+};
+
+/* A place that the user's probes are at: element of the map `hit_probes`, told by the link's cookie. */
+struct hit_probe {
+	__u32 pair; /* begin and end of a pair have the same number */
+	__u8 role; /* hit_flags */
+	__u8 arguments;
+	__u16 reserved;
+};
+
+/* An argument of such a place: HIT_ARGUMENTS elements of `hit_arguments` for each. */
+struct hit_argument {
+	__u64 value; /* the constant; what is added to the address; which one is carried */
+	__u16 base; /* where the register is in struct pt_regs, or HIT_NO_REGISTER */
+	__u16 index;
+	__u8 source; /* hit_source */
+	__u8 bytes;
+	__u8 shift; /* of the index register */
+	__u8 flags; /* hit_flags */
+	__u16 text_begin; /* in `text` of a hit */
+	__u16 text_bytes;
+	__u32 text; /* which of the texts it is */
 };
 
 /*

@@ -64,7 +64,7 @@ enum {
 
 #if defined(__TARGET_ARCH_x86)
 struct pt_regs {
-	unsigned long bx, cx, dx, si, di, ax, r8, r10, orig_ax;
+	unsigned long bx, cx, dx, si, di, ax, r8, r10, orig_ax, sp;
 } KERNEL_TYPE;
 #define SYSCALL_NUMBER(regs) ((long)(regs)->orig_ax)
 #define SYSCALL_ARG0(regs) ((regs)->di)
@@ -86,9 +86,11 @@ struct pt_regs {
 /* What a program at a perf event gets is user space's ABI: words of its pt_regs. */
 #define TICK_INSTRUCTION(words) ((words)[16])
 #define TICK_IN_USER_MODE(words) ((words)[17] & 3) /* cs */
+#define STACK_POINTER(regs) ((regs)->sp)
 #elif defined(__TARGET_ARCH_arm64)
 struct pt_regs {
 	__u64 regs[31];
+	__u64 sp;
 	__u64 orig_x0;
 	__s32 syscallno;
 } KERNEL_TYPE;
@@ -109,6 +111,7 @@ struct pt_regs {
 #define FUNCTION_RESULT(regs) ((regs)->regs[0])
 #define TICK_INSTRUCTION(words) ((words)[32])
 #define TICK_IN_USER_MODE(words) (((words)[33] & 15) == 0) /* pstate */
+#define STACK_POINTER(regs) ((regs)->sp)
 #else
 #error "scope-ebpf: no register names for this architecture; add them above"
 #endif

@@ -61,6 +61,8 @@ const volatile struct record_layouts {
 	struct stack_part stack_part;
 	struct code_part code_part;
 	struct hit hit;
+	struct hit_probe hit_probe;
+	struct hit_argument hit_argument;
 	struct interpreter interpreter;
 } record_layouts = {};
 

@@ -1,3 +1,5 @@
 """The families of probes, by the table that each fills; apart from the rest so that help needs no numpy."""
 
 FAMILIES = ("processes", "syscalls", "messages", "tls", "offcpu", "samples", "contexts", "gil")
+# Those that are recorded only when asked for: all fill the table hits.
+EXTRA_FAMILIES = ("postgres", "runtime")

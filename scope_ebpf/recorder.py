@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from scope_ebpf.errors import TargetError
 from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions
+from scope_ebpf.loaders.hits import Places
 from scope_ebpf.loaders.ring import Records
 from scope_ebpf.loaders.targets import LiveProcesses, Target, check_same, command_line
 
@@ -218,7 +219,7 @@ class Recorder:
             use = Use()
             writer = threading.Thread(
                 target=self._write,
-                args=(started_ns, use, tuple(capture.notes)),
+                args=(started_ns, use, tuple(capture.notes), capture.places),
                 name="scope-writer",
                 daemon=True,
             )
@@ -315,7 +316,7 @@ class Recorder:
             use.cpu_percent(),
         )
 
-    def _write(self, started_ns: int, use: Use, notes: tuple[str, ...]) -> None:
+    def _write(self, started_ns: int, use: Use, notes: tuple[str, ...], places: Places) -> None:
         """The writer thread: takes batches until None comes."""
         try:
             # More threads would encode a segment sooner, for more CPU time and memory in all.
@@ -327,7 +328,7 @@ class Recorder:
             finally:
                 self._imported = True
 
-            self._store = Store(self.plan, started_ns, use, notes)
+            self._store = Store(self.plan, started_ns, use, notes, places)
         except BaseException as error:
             self._fail(error)
         while (batch := self._queue.get()) is not None:

@@ -170,7 +170,41 @@ class PythonLimits(IntEnum):
     CODE_MORE_BYTES = 448
     CODE_PARTS = 8
     HIT_ARGUMENTS = 8
+    HIT_TEXTS = 4
     HIT_TEXT_BYTES = 320
+
+
+class HitSource(IntEnum):
+    """enum hit_source of events.h."""
+
+    HIT_NOWHERE = 0
+    HIT_CONSTANT = 1
+    HIT_REGISTER = 2
+    HIT_MEMORY = 3
+    HIT_CARRIED = 4
+
+
+class HitFlags(IntFlag):
+    """enum hit_flags of events.h."""
+
+    HIT_ROW = 1
+    HIT_BEGINS = 2
+    HIT_ENDS = 4
+    HIT_NESTS = 8
+    HIT_RETURNS = 16
+    HIT_SIGNED = 32
+    HIT_TEXT = 64
+
+
+class HitLimits(IntEnum):
+    """enum hit_limits of events.h."""
+
+    HIT_PROBES = 2048
+    HIT_BEGINNINGS = 16384
+    HIT_TEXT_LAST = 240
+    HIT_TEXT_MORE = 104
+    HIT_CARRIES = 2
+    HIT_NO_REGISTER = 65535
 
 
 FLIGHT: np.dtype[Any] = np.dtype(
@@ -464,12 +498,34 @@ HIT: np.dtype[Any] = np.dtype(
         ("tgid", "<u4"),
         ("tid", "<u4"),
         ("context", "<u8"),
-        ("text_bytes", "<u4"),
+        ("unread", "<u4"),
         ("text_lengths", ("<u2", (4,))),
-        ("reserved", "<u4"),
+        ("began", "<u4"),
         ("reserved1", ("<u8", (1,))),
         ("values", ("<u8", (8,))),
         ("text", "|V320"),
+    ]
+)
+HIT_PROBE: np.dtype[Any] = np.dtype(
+    [
+        ("pair", "<u4"),
+        ("role", "|u1"),
+        ("arguments", "|u1"),
+        ("reserved", "<u2"),
+    ]
+)
+HIT_ARGUMENT: np.dtype[Any] = np.dtype(
+    [
+        ("value", "<u8"),
+        ("base", "<u2"),
+        ("index", "<u2"),
+        ("source", "|u1"),
+        ("bytes", "|u1"),
+        ("shift", "|u1"),
+        ("flags", "|u1"),
+        ("text_begin", "<u2"),
+        ("text_bytes", "<u2"),
+        ("text", "<u4"),
     ]
 )
 INTERPRETER: np.dtype[Any] = np.dtype(

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 '''
-FLAGS = {"record_flags", "interpreter_flags"}
+FLAGS = {"record_flags", "interpreter_flags", "hit_flags"}
 
 
 def class_name(name: str) -> str:

@@ -132,7 +132,7 @@ def events(
         return
     shown = chosen or SHOWN[table].split()
     limit = limit or DEFAULT_LIMIT
-    rows = _collect(opened, frame.select(shown).head(limit), where)
+    rows = _collect(opened, _with_lines(frame.select(shown).head(limit)), where)
     with output.results():
         click.echo("\n".join(render(rows, opened.meta, output.width())))
     if rows.height == limit:
@@ -163,11 +163,17 @@ def _readable(frame: pl.LazyFrame) -> pl.LazyFrame:
     )
     schema = frame.collect_schema()
     texts = [name for name, dtype in schema.items() if isinstance(dtype, pl.Enum)]
-    lists = [name for name, dtype in schema.items() if isinstance(dtype, pl.List)]
-    joined = (
-        pl.col(lists).list.eval(pl.element().cast(pl.String)).list.join(", ", ignore_nulls=True)
+    return frame.with_columns(escaped, pl.col(texts).cast(pl.String))
+
+
+def _with_lines(frame: pl.LazyFrame) -> pl.LazyFrame:
+    """Lists as one text each; what could not be read is a dash."""
+    import polars as pl
+
+    lists = [name for name, dtype in frame.collect_schema().items() if isinstance(dtype, pl.List)]
+    return frame.with_columns(
+        pl.col(lists).list.eval(pl.element().cast(pl.String).fill_null("-")).list.join(", ")
     )
-    return frame.with_columns(escaped, pl.col(texts).cast(pl.String), joined)
 
 
 def _columns(given: str | None, every: Sequence[str]) -> list[str]:
@@ -204,7 +210,7 @@ def _sink(recording: Recording, frame: pl.LazyFrame, where: str | None, *, as_js
                 if as_json:
                     frame.sink_ndjson(cast("IO[bytes]", stream))
                 else:
-                    frame.sink_csv(cast("IO[bytes]", stream))
+                    _with_lines(frame).sink_csv(cast("IO[bytes]", stream))
                 stream.flush()
         except RecordingError as error:
             if where is not None and isinstance(error.__cause__, pl.exceptions.PolarsError):

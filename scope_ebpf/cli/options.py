@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from scope_ebpf.families import FAMILIES
+from scope_ebpf.families import EXTRA_FAMILIES, FAMILIES
+from scope_ebpf.probe_specs import ProbeSpec, parse_probe
 
 Function = Callable[..., Any]
 
@@ -41,7 +42,7 @@ class Duration(click.ParamType[float]):
 
 
 class Families(click.ParamType[tuple[str, ...]]):
-    """A comma-separated choice of families."""
+    """A comma-separated choice of families; with a plus they are added to the default ones."""
 
     name = "families"
 
@@ -51,16 +52,39 @@ class Families(click.ParamType[tuple[str, ...]]):
         """The families, in the usual order; processes are always recorded."""
         if isinstance(value, tuple):
             return value
-        chosen = {part.strip() for part in str(value).split(",") if part.strip()}
-        unknown = chosen - set(FAMILIES)
+        every = (*FAMILIES, *EXTRA_FAMILIES)
+        parts = {part.strip() for part in str(value).split(",") if part.strip()}
+        added = {part[1:] for part in parts if part.startswith("+")}
+        chosen = {part for part in parts if not part.startswith("+")} | added
+        unknown = chosen - set(every)
         if unknown or not chosen:
             self.fail(
                 f"there is no family {', '.join(sorted(unknown)) or 'in an empty list'};"
-                f" choose from {', '.join(FAMILIES)}",
+                f" choose from {', '.join(every)}",
                 param,
                 ctx,
             )
-        return tuple(family for family in FAMILIES if family in chosen | {"processes"})
+        if added and len(added) < len(parts):
+            self.fail(
+                f"{value!r} both chooses and adds; write a + before each, as in"
+                f" {','.join(f'+{family}' for family in every if family in chosen)}, or before none",
+                param,
+                ctx,
+            )
+        wanted = chosen | {"processes"} | (set(FAMILIES) if added else set())
+        return tuple(family for family in every if family in wanted)
+
+
+class Probe(click.ParamType[ProbeSpec]):
+    """A probe of the user's own."""
+
+    name = "probe"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> ProbeSpec:
+        """What it asks for; whether there is such a place is found out later."""
+        return value if isinstance(value, ProbeSpec) else parse_probe(str(value))
 
 
 @dataclass(frozen=True)
@@ -70,6 +94,7 @@ class Choices:
     output: str | None
     duration: float | None
     families: tuple[str, ...]
+    probes: tuple[ProbeSpec, ...]
     payload_bytes: int
     unredacted: bool
     sample_hz: int
@@ -79,6 +104,7 @@ class Choices:
         """The same as arguments of loaders.capture.CaptureOptions."""
         return {
             "families": self.families,
+            "probes": self.probes,
             "payload_bytes": self.payload_bytes,
             "sample_hz": self.sample_hz,
             "long_wait_ns": round(self.stacks_over * 1e9),
@@ -130,7 +156,18 @@ def recording_options(function: Function) -> Function:
             type=Families(),
             default=",".join(FAMILIES),
             metavar="LIST",
-            help=f"What to record, of {','.join(FAMILIES)}; all by default.",
+            help=f"What to record, of {','.join(FAMILIES)} (all by default) and"
+            f" {','.join(EXTRA_FAMILIES)}; +{EXTRA_FAMILIES[0]} adds to the default ones.",
+        ),
+        click.option(
+            "--probe",
+            "probes",
+            type=Probe(),
+            multiple=True,
+            metavar="SPEC",
+            help="Record each hit of usdt:FILE:PROVIDER:NAME, uprobe:FILE:FUNCTION(int,str) or"
+            " uretprobe:FILE:FUNCTION(int); may be given more than once. `scope-ebpf probes FILE` lists"
+            " USDT probes.",
         ),
         click.option(
             "--duration", type=Duration(), metavar="TIME", help="Stop after 30s, 5m, 1h30m, …"

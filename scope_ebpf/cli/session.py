@@ -104,7 +104,7 @@ def record(
         privileges.drop_after_attaching(os.environ)
         say(f"recording {printable(subject)} to {printable(str(path))}; {ending}")
 
-    if choices.unredacted and options.payload_bytes:
+    if choices.unredacted and (options.payload_bytes or options.probes):
         say(UNREDACTED)
     recorder = Recorder(
         Plan(path, options, targets, tuple(sys.argv), choices.duration, choices.unredacted),

@@ -92,6 +92,7 @@ class Meta:
     ended_ns: Count | None  # None while it runs
     command: list[str]  # how the recorder was called
     families: list[str]  # which groups of probes were on
+    probes: list[str]  # that fill the table hits: what was asked for, and where it was found
     payload_bytes: Count  # how much of a payload was kept at most; 0: none
     sample_hz: Count  # how often a second of CPU time the stack of a running thread was taken
     long_wait_ns: Count  # waits in system calls that were as long got a stack

@@ -399,9 +399,10 @@ class Recording:
     def hits(self) -> pl.LazyFrame:
         """One row per hit of a probe that the user chose; meta.json says what the probes are.
 
-        - `time_ns`; `duration_ns`: of a call that was seen from its begin to its end, else null
+        - `time_ns`: when; of what has a duration, its begin
+        - `duration_ns`: of a call that was seen from its begin to its end, else null
         - `tgid`, `tid`; `context`: as in `syscalls`
-        - `probe`: its name; `arguments`: as text, each as its type asks
+        - `probe`: its name; `arguments`: as text, each as its type asks; null: could not be read
         - `cpu`
         """
         return self._stored("hits")

@@ -1,4 +1,7 @@
-"""Masks payload heads before they reach the disk, but for what their protocol's grammar needs."""
+"""Masks payload heads, and texts of the user's probes, before they reach the disk.
+
+What the grammar of a head's protocol needs is kept.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from scope_ebpf.loaders.hits import HitKind
+from scope_ebpf.protocols import sql
 from scope_ebpf.protocols.contract import Kept, Protocol, Roles
 from scope_ebpf.protocols.heads import Heads
 from scope_ebpf.protocols.masking import mask, new_key
 from scope_ebpf.protocols.registry import PROTOCOLS
+from scope_ebpf.recording.hits import CUT, TEXT_TREATMENT, as_text, treatments
 
 # What tells one connection from another, by table.
 _CONNECTIONS: Final = {"messages": ("connection",), "tls": ("tgid", "ssl")}
@@ -30,19 +36,27 @@ class Redactor:
     body, is masked wholly, and so is every head of a connection that is not known.
     """
 
-    def __init__(self, unredacted: bool, protocols: Sequence[Protocol] = PROTOCOLS) -> None:
-        """With `unredacted` nothing is masked."""
+    def __init__(
+        self,
+        unredacted: bool,
+        protocols: Sequence[Protocol] = PROTOCOLS,
+        hit_kinds: Sequence[HitKind] = (),
+    ) -> None:
+        """With `unredacted` nothing is masked; `hit_kinds` are those of the table hits."""
         self.unredacted = unredacted
         self._protocols = protocols
         self._key = new_key()
         self._known = {table: _Known() for table in _CONNECTIONS}
         self._numbers: dict[object, int] = {}
+        self._treatments = treatments(hit_kinds)
 
     def redact_all(self, frames: dict[str, pl.DataFrame]) -> None:
         """Redact the tables that have payloads, in place."""
         for table in _CONNECTIONS:
             if table in frames:
                 frames[table] = self.redact(frames[table], table)
+        if "hits" in frames:
+            frames["hits"] = self.redact_hits(frames["hits"])
 
     def redact(self, frame: pl.DataFrame, table: str = "messages") -> pl.DataFrame:
         """The same rows with masked payloads.
@@ -63,6 +77,49 @@ class Redactor:
             places[rows] = which
             masked, which = pl.concat([masked, pl.Series([None], dtype=pl.Binary)]), places
         return frame.with_columns(masked.gather(which).alias("payload"))
+
+    def redact_hits(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """The same rows of hits with masked texts: literals in SQL, all of others but names."""
+        if self.unredacted or self._treatments.is_empty():
+            return frame
+        rows = frame.select("probe", "arguments").with_row_index("row")
+        single = (
+            rows.explode("arguments", empty_as_null=True)
+            .with_columns(place=pl.int_range(pl.len()).over("row").cast(pl.Int64))
+            .join(self._treatments, on=["probe", "place"], how="left", maintain_order="left")
+        )
+        at = np.flatnonzero(
+            single.select(
+                pl.col("treatment").is_not_null() & pl.col("arguments").is_not_null()
+            ).to_series().to_numpy()
+        )  # fmt: skip
+        if not len(at):
+            return frame
+        masked = self._masked_texts(
+            single["arguments"].gather(at),
+            single["treatment"].gather(at).to_numpy() == TEXT_TREATMENT,
+        )
+        lists = (
+            single.with_columns(single["arguments"].scatter(at, masked))
+            .group_by("row", maintain_order=True)
+            .agg("arguments")["arguments"]
+        )
+        return frame.with_columns(
+            pl.when(pl.col("arguments").list.len() > 0).then(lists).otherwise("arguments")
+            .alias("arguments")
+        )  # fmt: skip
+
+    def _masked_texts(self, texts: pl.Series, wholly: NDArray[np.bool_]) -> pl.Series:
+        """Texts of which some are SQL, and others are masked wholly; the sign of a cut stays."""
+        data = texts.cast(pl.Binary)
+        heads = Heads.of(data, np.zeros(len(data), np.int64))
+        ends = heads.begins + heads.lengths
+        cut = np.where(texts.str.ends_with(CUT).to_numpy(), len(CUT.encode()), 0)
+        stops = np.where(wholly, heads.begins, ends - cut)
+        kept = sql.visible(heads.data, heads.begins, stops, sql.POSTGRESQL)
+        for back in range(1, len(CUT.encode()) + 1):
+            kept[ends[cut > 0] - back] = True
+        return as_text(mask(heads, kept, self._key).payloads())
 
     def _masked(self, frame: pl.DataFrame, table: str) -> tuple[pl.Series, Rows]:
         """The different masked heads, and which of them is each row's.

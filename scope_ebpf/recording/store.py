@@ -12,6 +12,7 @@ from scope_ebpf import records
 from scope_ebpf.errors import RecordingError
 from scope_ebpf.loaders import host
 from scope_ebpf.loaders.cgroups import CgroupPaths
+from scope_ebpf.loaders.hits import Places
 from scope_ebpf.loaders.symbols import Symbols
 from scope_ebpf.recorder import Drained, Marked, Plan, Use
 from scope_ebpf.recording.meta import Clock, Host, Meta, RecorderUse, Target
@@ -50,8 +51,17 @@ LOSS_TABLES = {
 class Store:
     """A recording that is being written. One thread uses it; rows() and bytes_on_disk() any."""
 
-    def __init__(self, plan: Plan, started_ns: int, use: Use, notes: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        started_ns: int,
+        use: Use,
+        notes: tuple[str, ...] = (),
+        places: Places | None = None,
+    ) -> None:
         """Write the recording's beginning; `notes` are sentences about what is not recorded.
+
+        `places` are those of the user's own probes.
 
         Raises:
             RecordingError: its directory cannot be written to.
@@ -60,13 +70,15 @@ class Store:
         self._payloads = Payloads()
         self._descriptions = Descriptions()
         self._symbols = Symbols()
-        self._redactor = Redactor(plan.unredacted)
+        places = places or Places()
+        self._hit_kinds = places.kinds()
+        self._redactor = Redactor(plan.unredacted, hit_kinds=self._hit_kinds)
         self._cgroups = CgroupPaths()
         self._lost: Counter[str] = Counter()
         self._announced: set[int] = set()
         self._used: set[int] = set()
         self._failed: RecordingError | None = None
-        self._writer = RecordingWriter(plan.path, first_meta(plan, started_ns, notes))
+        self._writer = RecordingWriter(plan.path, first_meta(plan, started_ns, notes, places))
         self._next_meta = time.monotonic() + META_SECONDS
 
     def rows(self) -> dict[str, int]:
@@ -84,7 +96,9 @@ class Store:
             RecordingError: writing failed, now for the first time.
         """
         failed_before = self._failed is not None
-        frames = wide_frames(batch.wide, self._payloads, self._descriptions, self._cgroups.path)
+        frames = wide_frames(
+            batch.wide, self._payloads, self._descriptions, self._cgroups.path, self._hit_kinds
+        )
         frames |= self._descriptions.take(last=batch.last)
         if alive := self._alive_rows(batch.marked):
             rows = rows_frame("processes", alive)
@@ -177,7 +191,9 @@ class Store:
         return rows
 
 
-def first_meta(plan: Plan, started_ns: int, notes: tuple[str, ...] = ()) -> Meta:
+def first_meta(
+    plan: Plan, started_ns: int, notes: tuple[str, ...] = (), places: Places | None = None
+) -> Meta:
     """meta.json as it is when the recording begins."""
     options, offsets = plan.options, host.clock_offsets()
     scope: Literal["pids", "cgroup", "host"] = "pids"
@@ -198,6 +214,9 @@ def first_meta(plan: Plan, started_ns: int, notes: tuple[str, ...] = ()) -> Meta
         ended_ns=None,
         command=list(plan.command),
         families=list(options.families),
+        probes=[place.description for place in places.places if place.description]
+        if places
+        else [],
         payload_bytes=options.payload_bytes,
         sample_hz=options.sample_hz,
         long_wait_ns=options.long_wait_ns,

@@ -1,7 +1,7 @@
 """Records as the probes write them, turned into the tables of a recording."""
 
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,10 @@ import polars as pl
 from numpy.typing import NDArray
 
 from scope_ebpf import records
+from scope_ebpf.loaders.hits import HitKind
 from scope_ebpf.loaders.targets import split_arguments
 from scope_ebpf.recording.connections import connections_frame, connects_frame
+from scope_ebpf.recording.hits import hits_frame
 from scope_ebpf.recording.python_tables import (
     HOT_TABLES,
     Descriptions,
@@ -317,14 +319,16 @@ def wide_frames(
     payloads: Payloads,
     descriptions: Descriptions,
     cgroup_path: Callable[[int], str | None],
+    hit_kinds: Sequence[HitKind] = (),
 ) -> dict[str, pl.DataFrame]:
-    """The wide slots as rows of processes, connections and connects.
+    """The wide slots as rows of processes, connections, connects and hits.
 
     Payloads, stacks and code objects go to their waiting places.
     """
     processes: list[dict[str, Any]] = []
     connections: list[Records] = []
     connects: list[Run] = []
+    hits: list[Run] = []
     for cpu, _, slots in runs:
         kinds = slots["kind"]
         payloads.add(cpu, slots)
@@ -334,6 +338,8 @@ def wide_frames(
         connections.append(typed(slots[kinds == RecordKind.RECORD_CONNECTION], records.CONNECTION))
         tried = typed(slots[kinds == RecordKind.RECORD_CONNECT], records.CONNECT)
         connects += [(cpu, 0, tried)] if len(tried) else []
+        hit = typed(slots[kinds == RecordKind.RECORD_HIT], records.HIT)
+        hits += [(cpu, 0, hit)] if len(hit) else []
     frames = {}
     if processes:
         frames["processes"] = rows_frame("processes", processes)
@@ -342,6 +348,9 @@ def wide_frames(
     if connects:
         cpus, _, rows = join_runs(connects)
         frames["connects"] = connects_frame(rows, cpus)
+    if hits:
+        cpus, _, rows = join_runs(hits)
+        frames["hits"] = hits_frame(rows, cpus, hit_kinds)
     return frames
 
 

@@ -34,6 +34,7 @@ META = Meta(
     ended_ns=ENDED_NS,
     command=["scope-ebpf", "attach", "--pid", "100"],
     families=["syscalls", "messages"],
+    probes=[],
     payload_bytes=128,
     sample_hz=99,
     long_wait_ns=1_000_000,

@@ -212,6 +212,37 @@ def test_items_of_a_thread_pool_whose_addresses_come_again(tmp_path: Path, item:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("stack", [ContextKind.CONTEXT_COPIED, GREENLET])
+def test_a_pool_that_answers_what_another_thread_received(tmp_path: Path, stack: ContextKind):
+    """One thread waits for requests, and hands them to others, which work on them and answer.
+
+    Where a process has greenlets, each thread is met as one.
+    """
+    story = cast()
+    own = {tid: story.context(WEB, 500 + tid, 0, kind=GREENLET, tid=tid) if stack == GREENLET else 0
+           for tid in (WEB, *POOL)}  # fmt: skip
+    links = [story.link(CLIENT, WEB, 8000) for _ in range(4)]
+    sql = {tid: story.link(WEB, DATABASE, 5432) for tid in POOL}
+    for index, link in enumerate(links):
+        story.say(link, http(f"GET /{'abcd'[index]}"), index * 10 * US, by_client=True,
+                  other_context=own[WEB])  # fmt: skip
+        story.hand(WEB, 7000 + index, (1 + index) * 10 * US, put=True, context=own[WEB])
+    for index, link in enumerate(links):
+        tid = POOL[index % 2]
+        begin = (1 + 10 * (index // 2)) * MS
+        story.hand(WEB, 7000 + index, begin, put=False, tid=tid, context=own[tid])
+        asked(sql[tid], story, "abcd"[index], begin + MS, own[tid], tid=tid, read_in=own[tid])
+        story.say(link, answer(), begin + 8 * MS, by_client=False, tid=tid, context=own[tid])
+        asked(sql[tid], story, f"{'abcd'[index]}_after", begin + 8500 * US, own[tid], tid=tid,
+              read_in=own[tid])  # fmt: skip
+    edges = edges_of(story, tmp_path / "a.scope")
+    for letter in "abcd":
+        assert edges[f"SELECT {letter}"] == (
+            f"GET /{letter}", "calls", "exact", "work item of a thread pool",
+        )  # fmt: skip
+        assert edges[f"SELECT {letter}_after"] == NOBODY
+
+
 def test_the_same_object_put_twice_is_nobodys(tmp_path: Path):
     """None, or a small number: who got which is not known."""
     story = cast()
