@@ -15,6 +15,8 @@ from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders import tls
 from scope_ebpf.loaders.cgroups import descendants
 from scope_ebpf.loaders.libbpf import BpfObject, possible_cpus, tracepoint_arguments
+from scope_ebpf.loaders.python import calls
+from scope_ebpf.loaders.python.functions import Spec
 from scope_ebpf.loaders.ring import Records, SlotRing, array_in
 from scope_ebpf.records import RecordLimits
 from scope_ebpf.syscalls import SYSCALLS
@@ -46,6 +48,7 @@ RECORDS = (
     "code_part",
     "hit",
     "interpreter",
+    "call_watch",
     "cpu_state",
 )
 
@@ -95,6 +98,7 @@ class CaptureOptions:
         follow: record the targets' children, too.
         families: which tables to fill, of FAMILIES.
         commands: programs that the targets are about to execute: libraries are sought beside them.
+        calls: Python functions whose calls are recorded; the number of a hit's probe is a place in it.
         payload_bytes: how much of a payload's head to keep; 0 for nothing.
         hot_slots, wide_slots: slots per CPU, powers of two; None for a size that fits the host.
     """
@@ -106,6 +110,7 @@ class CaptureOptions:
     follow: bool = True
     families: tuple[str, ...] = FAMILIES
     commands: tuple[Path, ...] = ()
+    calls: tuple[Spec, ...] = ()
     payload_bytes: int = 512
     hot_slots: int | None = None
     wide_slots: int | None = None
@@ -205,6 +210,7 @@ class Capture:
                 *ITERATORS,
                 *(CALL_PROGRAMS if self._records_calls() else ()),
                 *(tls.PROGRAMS if "tls" in families else ()),
+                *(calls.PROGRAMS if options.calls else ()),
             }
         )
         self._object.expect_uprobes(*tls.PROGRAMS)
@@ -226,6 +232,9 @@ class Capture:
         self._object.resize("hot", self.cpus * self.hot_slots)
         self._object.resize("wide", self.cpus * self.wide_slots, self.wide_stride)
         self._object.resize("gathered", self.cpus, max(2 * options.payload_bytes, 64))
+        if not options.calls:
+            for name in ("open_calls", "unwound_calls", "call_watches"):
+                self._object.resize(name, 1)
         self._object.load()
         self._map_rings()
 
@@ -245,6 +254,8 @@ class Capture:
         self._entries_seen = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         offset, _ = variables["tls_wanted"]
         self._tls_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
+        offset, _ = variables["calls_wanted"]
+        self._calls_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         self.hot = self._rings("hot", hot_dtype(), self.hot_slots)
         self.wide = self._rings("wide", wide_dtype(self.wide_stride), self.wide_slots)
 
@@ -288,6 +299,14 @@ class Capture:
             marked.append(fresh)
         if "tls" in self.options.families:
             self._attach_tls({int(tgid) for tasks in marked for tgid in tasks["tgid"]})
+        if self.options.calls:
+            # once more: they may have changed since the user was told what it costs
+            found = calls.find_calls(
+                self.options.calls,
+                sorted({int(tgid) for tasks in marked for tgid in tasks["tgid"]}),
+            )
+            calls.attach_calls(self._object, found)
+            self._calls_wanted[0] = 1
         if self._records_calls():
             self._object.attach(*CALL_PROGRAMS)
             self._entries_seen[0] = 1
@@ -357,6 +376,12 @@ class Capture:
         """Lost so far, by CPU and records.LossKind: shape (cpus, LOSS_KINDS)."""
         return np.array(self._states["lost"], dtype=np.uint64)
 
+    def open_calls(self) -> Records:
+        """After stop(): watched calls that have not ended, as wide slots of HIT records."""
+        found = calls.still_open(self._object) if self.options.calls else []
+        data = b"".join(record.ljust(self.wide_stride, b"\0") for record in found)
+        return np.frombuffer(data, dtype=wide_dtype(self.wide_stride))
+
     def stop(self) -> Records:
         """Detach the probes and return what is still open: CALL and OFFCPU records as hot slots.
 
@@ -364,6 +389,7 @@ class Capture:
         """
         # detaching uprobes takes a tenth of a second for each, while the rings would fill: close() does it
         self._tls_wanted[0] = 0
+        self._calls_wanted[0] = 0
         self._object.detach("on_sys_enter")
         self._object.detach("on_sys_exit")
         data = self._object.iterate("on_list_open")

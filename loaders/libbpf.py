@@ -26,6 +26,14 @@ PRINT_CALLBACK = c.CFUNCTYPE(c.c_int, c.c_int, c.c_char_p, c.c_void_p)
 BPF_LINK_CREATE, BPF_TRACE_UPROBE_MULTI = 28, 48
 BPF_SYSCALL = {"x86_64": 321, "aarch64": 280}
 MULTI_UPROBE = struct.Struct("<4I4Q3I")
+# include/uapi/linux/perf_event.h and hw_breakpoint.h, and the number of perf_event_open(2)
+PERF_TYPE_BREAKPOINT, PERF_SAMPLE_ADDR, PERF_FLAG_FD_CLOEXEC = 5, 1 << 3, 8
+PERF_INHERIT, PERF_EXCLUDE_KERNEL, PERF_EXCLUDE_HYPERVISOR = 1 << 1, 1 << 5, 1 << 6
+PERF_REMOVE_ON_EXEC = 1 << 36  # 5.13, commit 2e498d0a74e5
+HW_BREAKPOINT_W, HW_BREAKPOINT_RW = 2, 3
+PERF_SYSCALL = {"x86_64": 298, "aarch64": 241}
+# type, size, config, period, sample type, read format, flags, wakeup, bp_type, bp_addr, bp_len
+BREAKPOINT_ATTRIBUTES = struct.Struct("<2I5Q2I2Q")
 CAUSES = {
     errno.EPERM: "permission denied; run as root, or grant CAP_BPF and CAP_PERFMON",
     errno.EACCES: "the kernel's verifier refused it",
@@ -79,6 +87,9 @@ class _Library:
         self.attach_uprobe = function(
             "bpf_program__attach_uprobe", pointer, pointer, c.c_bool, number, text, size
         )
+        self.attach_perf_event = function(
+            "bpf_program__attach_perf_event", pointer, pointer, number
+        )
         self.link_destroy = function("bpf_link__destroy", number, pointer)
         self.link_fd = function("bpf_link__fd", number, pointer)
         self.iterate = function("bpf_iter_create", number, number)
@@ -90,6 +101,8 @@ class _Library:
         self.map_update = function(
             "bpf_map_update_elem", number, number, pointer, pointer, c.c_uint64
         )
+        self.map_next_key = function("bpf_map_get_next_key", number, number, pointer, pointer)
+        self.map_lookup = function("bpf_map_lookup_elem", number, number, pointer, pointer)
         self.kernel_btf = function("btf__load_vmlinux_btf", pointer)
         self.btf_free = function("btf__free", None, pointer)
         self.btf_find = function("btf__find_by_name_kind", number, pointer, text, c.c_uint32)
@@ -284,6 +297,20 @@ class BpfObject:
             self._check(-c.get_errno(), action)
         self._links[f"{name} {path} {offset}"] = link
 
+    def attach_descriptor(self, name: str, descriptor: int) -> None:
+        """Run a program at each event of a perf event, which is closed with the link or at a failure.
+
+        Raises:
+            LoadError: with the kernel's reason.
+        """
+        self._lib.log.clear()
+        link = self._lib.attach_perf_event(self._program(name), descriptor)
+        if not link:
+            number = c.get_errno()
+            os.close(descriptor)
+            self._check(-number, f"attach {name}")
+        self._links[f"{name} {descriptor}"] = link
+
     def detach(self, *names: str) -> None:
         """Detach programs."""
         for name in names:
@@ -308,6 +335,24 @@ class BpfObject:
         key_data = c.create_string_buffer(key.to_bytes(key_bytes, "little"), key_bytes)
         result = self._lib.map_update(self.map_fd(name), key_data, c.byref(c.c_uint32(value)), 0)
         self._check(result, f"update the map {name}")
+
+    def update_element(self, name: str, key: bytes, value: bytes) -> None:
+        """Set an element of a map."""
+        result = self._lib.map_update(self.map_fd(name), key, value, 0)
+        self._check(result, f"update the map {name}")
+
+    def elements(self, name: str, key_bytes: int, value_bytes: int) -> list[bytes]:
+        """The values in a hash map, which nobody changes meanwhile."""
+        descriptor = self.map_fd(name)
+        found: list[bytes] = []
+        key, value = None, c.create_string_buffer(value_bytes)
+        while True:
+            following = c.create_string_buffer(key_bytes)
+            if self._lib.map_next_key(descriptor, key, following):
+                return found
+            if not self._lib.map_lookup(descriptor, following, value):
+                found.append(value.raw)
+            key = following
 
     def map_memory(self, name: str, length: int, *, writable: bool = False) -> mmap.mmap:
         """Map a BPF_F_MMAPABLE array's elements into this process."""
@@ -366,6 +411,40 @@ def _multi_uprobe(program_fd: int, path: Path, offset: int, at_return: bool) -> 
     if number is None:
         return -errno.ENOSYS
     result = int(call(number, BPF_LINK_CREATE, attributes, len(attributes)))
+    return result if result >= 0 else -c.get_errno()
+
+
+def open_breakpoint(
+    tid: int, address: int, length: int, *, writes: bool, inherit: bool = True
+) -> int:
+    """perf_event_open() of a hardware breakpoint on data of a thread: a descriptor, or -errno.
+
+    It counts accesses from user mode: all (x86-64 has none for reads only), or `writes`. With `inherit` the
+    threads and processes that the thread makes have it, too. Thread 0 is the calling one.
+    """
+    flags = PERF_EXCLUDE_KERNEL | PERF_EXCLUDE_HYPERVISOR
+    if inherit:
+        flags |= PERF_INHERIT | PERF_REMOVE_ON_EXEC
+    kind = HW_BREAKPOINT_W if writes else HW_BREAKPOINT_RW
+    result = _breakpoint(tid, address, length, kind, flags)
+    if result == -errno.EINVAL and inherit:
+        # a program that a child executes has other things at that address: traps for nothing
+        return _breakpoint(tid, address, length, kind, flags & ~PERF_REMOVE_ON_EXEC)
+    return result
+
+
+def _breakpoint(tid: int, address: int, length: int, kind: int, flags: int) -> int:
+    attributes = BREAKPOINT_ATTRIBUTES.pack(
+        PERF_TYPE_BREAKPOINT, BREAKPOINT_ATTRIBUTES.size, 0, 1, PERF_SAMPLE_ADDR, 0, flags, 0,
+        kind, address, length,
+    )  # fmt: skip
+    call = c.CDLL(None, use_errno=True).syscall
+    call.restype, call.argtypes = c.c_long, [c.c_long, c.c_char_p, *[c.c_int] * 3, c.c_ulong]
+    number = PERF_SYSCALL.get(os.uname().machine)
+    if number is None:
+        return -errno.ENOSYS
+    any_cpu = no_group = -1
+    result = int(call(number, attributes, tid, any_cpu, no_group, PERF_FLAG_FD_CLOEXEC))
     return result if result >= 0 else -c.get_errno()
 
 

@@ -9,5 +9,6 @@
 #include "state.h"
 #include "processes.h"
 #include "tls.h"
+#include "calls.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -83,6 +83,9 @@ struct pt_regs {
 #define FUNCTION_ARG3(regs) ((regs)->cx)
 #define FUNCTION_ARG4(regs) ((regs)->r8)
 #define FUNCTION_RESULT(regs) ((regs)->ax)
+/* What a program at a perf event gets is user space's ABI: words of its pt_regs. */
+#define TICK_INSTRUCTION(words) ((words)[16])
+#define TICK_IN_USER_MODE(words) ((words)[17] & 3) /* cs */
 #elif defined(__TARGET_ARCH_arm64)
 struct pt_regs {
 	__u64 regs[31];
@@ -104,6 +107,8 @@ struct pt_regs {
 #define FUNCTION_ARG3(regs) ((regs)->regs[3])
 #define FUNCTION_ARG4(regs) ((regs)->regs[4])
 #define FUNCTION_RESULT(regs) ((regs)->regs[0])
+#define TICK_INSTRUCTION(words) ((words)[32])
+#define TICK_IN_USER_MODE(words) (((words)[33] & 15) == 0) /* pstate */
 #else
 #error "scope-ebpf: no register names for this architecture; add them above"
 #endif
@@ -165,7 +170,23 @@ struct files_struct {
 	struct fdtable *fdt;
 } KERNEL_TYPE;
 
+#if defined(__TARGET_ARCH_x86)
+struct thread_struct {
+	unsigned long fsbase;
+} KERNEL_TYPE;
+#define THREAD_POINTER(task) ((task)->thread.fsbase)
+#else
+struct thread_uw {
+	unsigned long tp_value;
+} KERNEL_TYPE;
+struct thread_struct {
+	struct thread_uw uw;
+} KERNEL_TYPE;
+#define THREAD_POINTER(task) ((task)->thread.uw.tp_value)
+#endif
+
 struct task_struct {
+	struct thread_struct thread;
 	struct thread_info thread_info;
 	unsigned int __state;
 	unsigned int flags;

@@ -52,6 +52,7 @@ const volatile struct record_layouts {
 	struct code_part code_part;
 	struct hit hit;
 	struct interpreter interpreter;
+	struct call_watch call_watch;
 } record_layouts = {};
 
 enum {

@@ -171,6 +171,44 @@ class PythonLimits(IntEnum):
     CODE_PARTS = 8
     HIT_ARGUMENTS = 8
     HIT_TEXT_BYTES = 320
+    ARGUMENT_BYTES = 80
+    CALL_WATCHES = 1024
+    OPEN_CALLS = 8192
+
+
+class ValueKind(IntEnum):
+    """enum value_kind of events.h."""
+
+    VALUE_UNBOUND = 0
+    VALUE_NONE = 1
+    VALUE_BOOL = 2
+    VALUE_INT = 3
+    VALUE_LONG_INT = 4
+    VALUE_FLOAT = 5
+    VALUE_BYTES = 6
+    VALUE_LATIN1 = 7
+    VALUE_UCS2 = 8
+    VALUE_UCS4 = 9
+    VALUE_OBJECT = 10
+    VALUE_UNREADABLE = 11
+
+
+class CallWatchRole(IntEnum):
+    """enum call_watch_role of events.h."""
+
+    WATCH_BEGIN = 1
+    WATCH_END = 2
+    WATCH_UNWIND = 3
+
+
+class CallWatchFlags(IntEnum):
+    """enum call_watch_flags of events.h."""
+
+    CALL_NO_END = 1
+    CALL_HEAP_FRAMES = 2
+    CALL_CFRAME = 4
+    CALL_INT_TAG = 8
+    CALL_FRAME_STATE = 16
 
 
 FLIGHT: np.dtype[Any] = np.dtype(
@@ -466,7 +504,7 @@ HIT: np.dtype[Any] = np.dtype(
         ("text_bytes", "<u4"),
         ("text_lengths", ("<u2", (4,))),
         ("reserved", "<u4"),
-        ("reserved1", ("<u8", (1,))),
+        ("kinds", "<u8"),
         ("values", ("<u8", (8,))),
         ("text", "|V320"),
     ]
@@ -508,6 +546,38 @@ INTERPRETER: np.dtype[Any] = np.dtype(
         ("context_entered", "<u2"),
         ("chunk_previous", "<u2"),
         ("reserved", ("<u2", (5,))),
+    ]
+)
+CALL_WATCH: np.dtype[Any] = np.dtype(
+    [
+        ("code", "<u8"),
+        ("none", "<u8"),
+        ("bool_type", "<u8"),
+        ("int_type", "<u8"),
+        ("float_type", "<u8"),
+        ("str_type", "<u8"),
+        ("bytes_type", "<u8"),
+        ("first_instruction", "<u8"),
+        ("tss", "<i4"),
+        ("probe", "<u2"),
+        ("role", "|u1"),
+        ("flags", "|u1"),
+        ("tstate_frame", "<u2"),
+        ("cframe_frame", "<u2"),
+        ("frame_code", "<u2"),
+        ("frame_previous", "<u2"),
+        ("frame_locals", "<u2"),
+        ("frame_blocks", "<u2"),
+        ("frame_block_stack", "<u2"),
+        ("frame_state", "<u2"),
+        ("frame_instruction", "<u2"),
+        ("unicode_ascii", "<u2"),
+        ("unicode_compact", "<u2"),
+        ("bytes_data", "<u2"),
+        ("arguments", "|u1"),
+        ("reserved0", "|u1"),
+        ("tstate_datastack_top", "<u2"),
+        ("frame_words", "<u4"),
     ]
 )
 CPU_STATE: np.dtype[Any] = np.dtype(

@@ -287,6 +287,11 @@ class Recording:
         return frame.select(_with_after(stored, after))
 
     @property
+    def hits(self) -> pl.LazyFrame:
+        """TEMPORARY: main has its own."""
+        return self._stored("hits")
+
+    @property
     def losses(self) -> pl.LazyFrame:
         """One row per CPU, table and second in which events were lost; no row: nothing was.
 

@@ -13,6 +13,7 @@ from scope_ebpf.protocols.contract import Kept, Protocol, Roles
 from scope_ebpf.protocols.heads import Heads
 from scope_ebpf.protocols.masking import mask, new_key
 from scope_ebpf.protocols.registry import PROTOCOLS
+from scope_ebpf.recording.hits import mask_arguments
 
 # What tells one connection from another, by table.
 _CONNECTIONS: Final = {"messages": ("connection",), "tls": ("tgid", "ssl")}
@@ -39,10 +40,12 @@ class Redactor:
         self._numbers: dict[object, int] = {}
 
     def redact_all(self, frames: dict[str, pl.DataFrame]) -> None:
-        """Redact the tables that have payloads, in place."""
+        """Redact the tables that have payloads or arguments, in place."""
         for table in _CONNECTIONS:
             if table in frames:
                 frames[table] = self.redact(frames[table], table)
+        if "hits" in frames and not self.unredacted:
+            frames["hits"] = mask_arguments(frames["hits"], self._key)
 
     def redact(self, frame: pl.DataFrame, table: str = "messages") -> pl.DataFrame:
         """The same rows with masked payloads.

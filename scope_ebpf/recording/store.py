@@ -36,6 +36,7 @@ LOSS_TABLES = {
     records.LossKind.LOSS_TASKS: "tasks",
     records.LossKind.LOSS_CONNECTS: "connects",
     records.LossKind.LOSS_TLS: "tls",
+    records.LossKind.LOSS_HITS: "hits",
 }
 
 
@@ -50,6 +51,7 @@ class Store:
         """
         self._use = use
         self._payloads = Payloads()
+        self._probes = tuple(map(str, plan.options.calls))
         self._redactor = Redactor(plan.unredacted)
         self._cgroups = CgroupPaths()
         self._lost: Counter[str] = Counter()
@@ -74,7 +76,7 @@ class Store:
             RecordingError: writing failed, now for the first time.
         """
         failed_before = self._failed is not None
-        frames = wide_frames(batch.wide, self._payloads, self._cgroups.path)
+        frames = wide_frames(batch.wide, self._payloads, self._cgroups.path, self._probes)
         if alive := self._alive_rows(batch.marked):
             rows = rows_frame("processes", alive)
             frames["processes"] = pl.concat([rows, frames.get("processes", rows.clear())])

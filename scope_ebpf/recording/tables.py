@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scope_ebpf import records
 from scope_ebpf.loaders.targets import split_arguments
 from scope_ebpf.recording.connections import connections_frame, connects_frame
+from scope_ebpf.recording.hits import hits_frame
 from scope_ebpf.recording.schema import SCHEMAS, frame
 from scope_ebpf.records import ProcessEvent, RecordFlags, RecordKind, RecordLimits
 
@@ -297,15 +298,19 @@ def process_row(
 
 
 def wide_frames(
-    runs: Iterable[Run], payloads: Payloads, cgroup_path: Callable[[int], str | None]
+    runs: Iterable[Run],
+    payloads: Payloads,
+    cgroup_path: Callable[[int], str | None],
+    probes: tuple[str, ...] = (),
 ) -> dict[str, pl.DataFrame]:
-    """The wide slots as rows of processes, connections and connects.
+    """The wide slots as rows of processes, connections, connects and hits (of `probes`, by number).
 
     Payloads go to their waiting place.
     """
     processes: list[dict[str, Any]] = []
     connections: list[Records] = []
     connects: list[Run] = []
+    hits: list[Run] = []
     for cpu, _, slots in runs:
         kinds = slots["kind"]
         payloads.add(cpu, slots)
@@ -314,6 +319,8 @@ def wide_frames(
         connections.append(typed(slots[kinds == RecordKind.RECORD_CONNECTION], records.CONNECTION))
         tried = typed(slots[kinds == RecordKind.RECORD_CONNECT], records.CONNECT)
         connects += [(cpu, 0, tried)] if len(tried) else []
+        hit = typed(slots[kinds == RecordKind.RECORD_HIT], records.HIT)
+        hits += [(cpu, 0, hit)] if len(hit) else []
     frames = {}
     if processes:
         frames["processes"] = rows_frame("processes", processes)
@@ -322,6 +329,9 @@ def wide_frames(
     if connects:
         cpus, _, rows = join_runs(connects)
         frames["connects"] = connects_frame(rows, cpus)
+    if hits:
+        cpus, _, rows = join_runs(hits)
+        frames["hits"] = hits_frame(rows, cpus, probes)
     return frames
 
 
