@@ -16,7 +16,8 @@ from scope_ebpf.loaders import hits, tls
 from scope_ebpf.loaders.cgroups import descendants
 from scope_ebpf.loaders.hit_families import HIT_FAMILIES, add_family
 from scope_ebpf.loaders.libbpf import BpfObject, Uprobe, possible_cpus, tracepoint_arguments
-from scope_ebpf.loaders.python import watch
+from scope_ebpf.loaders.python import calls, watch
+from scope_ebpf.loaders.python.functions import Spec
 from scope_ebpf.loaders.python.watch import PythonWatch
 from scope_ebpf.loaders.ring import Records, SlotRing, array_in
 from scope_ebpf.probe_specs import ProbeSpec
@@ -49,9 +50,11 @@ RECORDS = (
     "stack_part",
     "code_part",
     "hit",
+    "python_call",
     "hit_probe",
     "hit_argument",
     "interpreter",
+    "call_watch",
     "cpu_state",
 )
 
@@ -105,6 +108,7 @@ class CaptureOptions:
         families: which tables to fill, of FAMILIES and EXTRA_FAMILIES.
         probes: the user's own.
         commands: programs that the targets are about to execute: libraries are sought beside them.
+        calls: Python functions whose calls are recorded; the number of a hit's probe is a place in it.
         payload_bytes: how much of a payload's head to keep; 0 for nothing.
         sample_hz: how often a second of CPU time the stack of a running thread is taken.
         long_wait_ns: a wait in a system call that is as long gets a stack.
@@ -119,6 +123,7 @@ class CaptureOptions:
     families: tuple[str, ...] = FAMILIES
     probes: tuple[ProbeSpec, ...] = ()
     commands: tuple[Path, ...] = ()
+    calls: tuple[Spec, ...] = ()
     payload_bytes: int = 512
     sample_hz: int = 99
     long_wait_ns: int = 1_000_000
@@ -240,6 +245,7 @@ class Capture:
                 *(watch.UPROBES if self._follows_python() else ()),
                 *(("on_tick",) if "samples" in families else ()),
                 *((hits.PROGRAM,) if self._records_hits() else ()),
+                *(calls.PROGRAMS if options.calls else ()),
             }
         )
         self._object.expect_uprobes(*tls.PROGRAMS, *watch.UPROBES, hits.PROGRAM)
@@ -272,6 +278,9 @@ class Capture:
         if not self._records_hits():
             for name in ("hit_probes", "hit_arguments", "hit_begins"):
                 self._object.resize(name, 1)
+        if not options.calls:
+            for name in ("open_calls", "unwound_calls", "call_watches"):
+                self._object.resize(name, 1)
         self._object.load()
         self._map_rings()
         self._pythons = PythonWatch(self._object, families) if self._follows_python() else None
@@ -294,6 +303,8 @@ class Capture:
         self._tls_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         offset, _ = variables["hits_wanted"]
         self._hits_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
+        offset, _ = variables["calls_wanted"]
+        self._calls_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         self.hot = self._rings("hot", hot_dtype(), self.hot_slots)
         self.wide = self._rings("wide", wide_dtype(self.wide_stride), self.wide_slots)
 
@@ -344,6 +355,11 @@ class Capture:
             self._object.attach_clock("on_tick", self.options.sample_hz)
         if self._records_hits():
             self._attach_hits(tgids)
+        if self.options.calls:
+            # once more: they may have changed since the user was told what it costs
+            found = calls.find_calls(self.options.calls, sorted(tgids))
+            calls.attach_calls(self._object, found)
+            self._calls_wanted[0] = 1
         if self._records_calls():
             self._object.attach(*CALL_PROGRAMS)
             self._entries_seen[0] = 1
@@ -474,13 +490,19 @@ class Capture:
         """Lost so far, by CPU and records.LossKind: shape (cpus, LOSS_KINDS)."""
         return np.array(self._states["lost"], dtype=np.uint64)
 
+    def open_calls(self) -> Records:
+        """After stop(): watched calls that have not ended, as wide slots of HIT records."""
+        found = calls.still_open(self._object) if self.options.calls else []
+        data = b"".join(record.ljust(self.wide_stride, b"\0") for record in found)
+        return np.frombuffer(data, dtype=wide_dtype(self.wide_stride))
+
     def stop(self) -> Records:
         """Detach the probes and return what is still open: CALL and OFFCPU records as hot slots.
 
         What completed before is still in the rings; drain once more.
         """
         # detaching uprobes takes a tenth of a second for each, while the rings would fill: close() does it
-        self._tls_wanted[0] = self._hits_wanted[0] = 0
+        self._tls_wanted[0] = self._hits_wanted[0] = self._calls_wanted[0] = 0
         if self._pythons is not None:
             self._pythons.stop()
         self._object.detach("on_sys_enter")

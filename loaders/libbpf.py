@@ -19,6 +19,7 @@ from typing import NamedTuple
 from scope_ebpf.errors import LoadError
 from scope_ebpf.loaders.btf import Btf
 from scope_ebpf.loaders.elf import ElfObject
+from scope_ebpf.loaders.perf import open_cpu_clock
 
 LOG_LINES = 400
 LIBBPF_DEBUG = 2  # enum libbpf_print_level
@@ -27,12 +28,6 @@ PRINT_CALLBACK = c.CFUNCTYPE(c.c_int, c.c_int, c.c_char_p, c.c_void_p)
 # include/uapi/linux/bpf.h, and the number of bpf(2)
 BPF_LINK_CREATE, BPF_TRACE_UPROBE_MULTI = 28, 48
 BPF_SYSCALL = {"x86_64": 321, "aarch64": 280}
-# include/uapi/linux/perf_event.h, and the number of perf_event_open(2)
-PERF_TYPE_SOFTWARE, PERF_COUNT_SW_CPU_CLOCK, PERF_FLAG_FD_CLOEXEC = 1, 0, 8
-PERF_ATTR_FREQ = 1 << 10
-PERF_SYSCALL = {"x86_64": 298, "aarch64": 241}
-# type, size, config, frequency, sample type, read format, flags; as long as the first version of it
-PERF_ATTRIBUTES = struct.Struct("<2I5Q24x")
 MULTI_UPROBE = struct.Struct("<4I4Q3I")
 CAUSES = {
     errno.EPERM: "permission denied; run as root, or grant CAP_BPF and CAP_PERFMON",
@@ -128,6 +123,8 @@ class _Library:
         self.map_update = function(
             "bpf_map_update_elem", number, number, pointer, pointer, c.c_uint64
         )
+        self.map_next_key = function("bpf_map_get_next_key", number, number, pointer, pointer)
+        self.map_lookup = function("bpf_map_lookup_elem", number, number, pointer, pointer)
         self.kernel_btf = function("btf__load_vmlinux_btf", pointer)
         self.btf_free = function("btf__free", None, pointer)
         self.btf_find = function("btf__find_by_name_kind", number, pointer, text, c.c_uint32)
@@ -344,22 +341,27 @@ class BpfObject:
         Raises:
             LoadError: with the kernel's reason.
         """
-        self._lib.log.clear()
         for cpu in range(possible_cpus()):
-            descriptor = _cpu_clock(cpu, frequency_hz)
+            descriptor = open_cpu_clock(cpu, frequency_hz)
             if descriptor == -errno.ENODEV:  # it is not online
                 continue
+            self._lib.log.clear()
             self._check(descriptor, f"open a sampling clock on CPU {cpu}")
-            link = self._lib.attach_perf_event(self._program(name), descriptor)
-            if not link:
-                number = c.get_errno()
-                os.close(descriptor)
-                self._check(-number, f"attach {name}")
-            self._links[f"{name} {cpu}"] = link  # owns the descriptor
+            self.attach_descriptor(name, descriptor)
 
-    def detach_all(self, name: str) -> None:
-        """Detach a program from wherever it was attached to more than once."""
-        self.detach(*(key for key in list(self._links) if key.split()[0] == name))
+    def attach_descriptor(self, name: str, descriptor: int) -> None:
+        """Run a program at each event of a perf event, which is closed with the link or at a failure.
+
+        Raises:
+            LoadError: with the kernel's reason.
+        """
+        self._lib.log.clear()
+        link = self._lib.attach_perf_event(self._program(name), descriptor)
+        if not link:
+            number = c.get_errno()
+            os.close(descriptor)
+            self._check(-number, f"attach {name}")
+        self._links[f"{name} {descriptor}"] = link
 
     def detach(self, *names: str) -> None:
         """Detach programs."""
@@ -391,6 +393,24 @@ class BpfObject:
         for key, element in enumerate(elements, first):
             result = self._lib.map_update(self.map_fd(name), c.byref(c.c_uint32(key)), element, 0)
             self._check(result, f"update the map {name}")
+
+    def update_element(self, name: str, key: bytes, value: bytes) -> None:
+        """Set an element of a map."""
+        result = self._lib.map_update(self.map_fd(name), key, value, 0)
+        self._check(result, f"update the map {name}")
+
+    def elements(self, name: str, key_bytes: int, value_bytes: int) -> list[bytes]:
+        """The values in a hash map, which nobody changes meanwhile."""
+        descriptor = self.map_fd(name)
+        found: list[bytes] = []
+        key, value = None, c.create_string_buffer(value_bytes)
+        while True:
+            following = c.create_string_buffer(key_bytes)
+            if self._lib.map_next_key(descriptor, key, following):
+                return found
+            if not self._lib.map_lookup(descriptor, following, value):
+                found.append(value.raw)
+            key = following
 
     def map_memory(self, name: str, length: int, *, writable: bool = False) -> mmap.mmap:
         """Map a BPF_F_MMAPABLE array's elements into this process."""
@@ -453,22 +473,6 @@ def _multi_uprobe(program_fd: int, path: Path, places: Sequence[Uprobe], at_retu
     if number is None:
         return -errno.ENOSYS
     result = int(call(number, BPF_LINK_CREATE, attributes, len(attributes)))
-    return result if result >= 0 else -c.get_errno()
-
-
-def _cpu_clock(cpu: int, frequency_hz: int) -> int:
-    """perf_event_open() of the CPU clock: a descriptor, or -errno."""
-    attributes = PERF_ATTRIBUTES.pack(
-        PERF_TYPE_SOFTWARE, PERF_ATTRIBUTES.size, PERF_COUNT_SW_CPU_CLOCK, frequency_hz, 0, 0,
-        PERF_ATTR_FREQ,
-    )  # fmt: skip
-    call = c.CDLL(None, use_errno=True).syscall
-    call.restype, call.argtypes = c.c_long, [c.c_long, c.c_char_p, *[c.c_int] * 3, c.c_ulong]
-    number = PERF_SYSCALL.get(os.uname().machine)
-    if number is None:
-        return -errno.ENOSYS
-    every_process = no_group = -1
-    result = int(call(number, attributes, every_process, cpu, no_group, PERF_FLAG_FD_CLOEXEC))
     return result if result >= 0 else -c.get_errno()
 
 

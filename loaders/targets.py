@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +103,21 @@ def find_target(tgid: int) -> Target:
             " to record it from its start, use `scope-ebpf run`"
         )
     return Target(tgid, comm, split_arguments(command_line(tgid)), _started_ticks(fields))
+
+
+def with_descendants(tgids: Iterable[int]) -> list[int]:
+    """Processes and all that they or their children started and that still run; each once."""
+    found: dict[int, None] = {}
+    waiting = list(tgids)
+    while waiting:
+        tgid = waiting.pop(0)
+        if tgid in found:
+            continue
+        found[tgid] = None
+        for children in (PROC / str(tgid) / "task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                waiting += map(int, children.read_text().split())
+    return list(found)
 
 
 def check_same(targets: tuple[Target, ...]) -> None:

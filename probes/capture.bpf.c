@@ -10,5 +10,6 @@
 #include "processes.h"
 #include "tls.h"
 #include "hits.h"
+#include "calls.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -50,6 +50,7 @@ enum record_kind {
 	RECORD_STACK = 15,	 /* wide: a part of a row of stacks */
 	RECORD_CODE = 16,	 /* wide: a part of a row of codes */
 	RECORD_HIT = 17,	 /* wide: a row of hits */
+	RECORD_PYTHON_CALL = 18, /* wide: a row of hits, of a Python function */
 };
 
 /* What can be lost, counted per CPU. */
@@ -301,6 +302,9 @@ enum python_limits {
 	HIT_ARGUMENTS = 8,
 	HIT_TEXTS = 4,
 	HIT_TEXT_BYTES = 320,
+	ARGUMENT_BYTES = 80, /* of the text of a function's argument */
+	CALL_WATCHES = 1024,
+	OPEN_CALLS = 8192, /* of watched functions, at once */
 };
 
 /* A thread's Python stack at a moment. */
@@ -419,6 +423,69 @@ struct code_part {
 	__u64 reserved2[1];
 };
 
+/* What an argument of a Python function was. */
+enum value_kind {
+	VALUE_UNBOUND = 0, /* nothing was there, or it is in a cell (up to 3.10) */
+	VALUE_NONE = 1,
+	VALUE_BOOL = 2,
+	VALUE_INT = 3,
+	VALUE_LONG_INT = 4, /* of more than 63 bits: its value is how many digits of 30 bits it has */
+	VALUE_FLOAT = 5,    /* its value has the bits of the double */
+	VALUE_BYTES = 6,
+	VALUE_LATIN1 = 7, /* a str, by the bytes per character */
+	VALUE_UCS2 = 8,
+	VALUE_UCS4 = 9,
+	VALUE_OBJECT = 10, /* of another type: its text is the type's name */
+	VALUE_UNREADABLE = 11,
+};
+
+/* What a watched address tells of a function, see calls.h. */
+enum call_watch_role {
+	WATCH_BEGIN = 1,  /* its first instruction is read */
+	WATCH_END = 2,	  /* something is touched that is touched when one of its frames goes */
+	WATCH_UNWIND = 3, /* its table of lines is looked at (up to 3.10) */
+};
+
+enum call_watch_flags {
+	CALL_NO_END = 1,      /* a call makes a generator or coroutine */
+	CALL_HEAP_FRAMES = 2, /* up to 3.10 */
+	CALL_CFRAME = 4,      /* 3.11, 3.12 */
+	CALL_INT_TAG = 8,     /* from 3.12 on the sign of an int is in its lowest bits */
+	CALL_FRAME_STATE = 16, /* 3.10: frame_state is f_state, else f_executing */
+};
+
+/* A watched address: what user space knows of the function and of the interpreter. */
+struct call_watch {
+	__u64 code; /* address of its code object */
+	__u64 none; /* addresses of None and of types */
+	__u64 bool_type;
+	__u64 int_type;
+	__u64 float_type;
+	__u64 str_type;
+	__u64 bytes_type;
+	__u64 first_instruction; /* its address */
+	__s32 tss; /* this and the offsets below: as in struct interpreter */
+	__u16 probe;
+	__u8 role;  /* call_watch_role */
+	__u8 flags; /* call_watch_flags */
+	__u16 tstate_frame;
+	__u16 cframe_frame;
+	__u16 frame_code;
+	__u16 frame_previous;
+	__u16 frame_locals;
+	__u16 frame_blocks; /* f_iblock */
+	__u16 frame_block_stack;
+	__u16 frame_state;
+	__u16 frame_instruction;
+	__u16 unicode_ascii;
+	__u16 unicode_compact;
+	__u16 bytes_data;
+	__u8 arguments;
+	__u8 reserved0;
+	__u16 tstate_datastack_top;
+	__u32 frame_words; /* 8 bytes each, that a frame of this function has on the data stack */
+};
+
 /* A probe that the user chose was hit. */
 struct hit {
 	__u32 sequence;
@@ -436,6 +503,25 @@ struct hit {
 	__u64 reserved1[1];
 	__u64 values[HIT_ARGUMENTS]; /* of a text: 1 if there is more of it than was captured */
 	char text[HIT_TEXT_BYTES]; /* each where its hit_argument says */
+};
+
+/* A Python function that the user chose was called. */
+struct python_call {
+	__u32 sequence;
+	__u16 probe; /* its number among those that were chosen */
+	__u8 kind;
+	__u8 arguments;
+	__u64 time_ns;
+	__u64 duration_ns; /* UNKNOWN_NS: its end was not seen */
+	__u32 tgid;
+	__u32 tid;
+	__u64 context;
+	__u32 text_bytes; /* captured bytes of all texts, one after the other */
+	__u16 text_lengths[HIT_TEXTS]; /* captured bytes of each */
+	__u32 reserved;
+	__u64 kinds; /* a value_kind in each byte, the first argument in the lowest */
+	__u64 values[HIT_ARGUMENTS]; /* of a text: its length in all */
+	char text[HIT_TEXT_BYTES];
 };
 
 /* Where an argument of a probe comes from. */

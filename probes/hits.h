@@ -16,7 +16,9 @@
 #ifndef SCOPE_HITS_H
 #define SCOPE_HITS_H
 
+#include "python.h"
 #include "state.h"
+#include "tls.h"
 
 /* Set by user space between the beginning and the end of the recording. */
 __u32 hits_wanted = 0;
@@ -54,17 +56,9 @@ struct {
 	__type(value, struct hit_begin);
 } hit_begins SEC(".maps");
 
-/* As is_recorded() of tls.h, with a switch of its own. */
 static __always_inline bool is_hit_wanted(struct cpu_state *cpu, struct task_struct *task)
 {
-	struct task_record *record;
-
-	if (!hits_wanted)
-		return false;
-	if (cpu->task == (__u64)task)
-		return cpu->recorded;
-	record = record_of(task);
-	return record && record->phase != PHASE_DORMANT;
+	return hits_wanted && is_recorded_thread(cpu, task);
 }
 
 static __always_inline __u64 stack_pointer(struct pt_regs *regs, __u8 role)
@@ -201,7 +195,7 @@ int on_hit(struct pt_regs *regs)
 	hit->duration_ns = begin.start_ns ? now - begin.start_ns : 0;
 	hit->tgid = identity >> 32;
 	hit->tid = identity;
-	hit->context = cpu->task == (__u64)task ? cpu->context : 0;
+	hit->context = current_context(cpu, interpreter_at(interpreter_here(cpu, task)));
 	hit->unread = 0;
 	hit->began = begin.start_ns != 0;
 	hit->reserved1[0] = 0;

@@ -61,9 +61,11 @@ const volatile struct record_layouts {
 	struct stack_part stack_part;
 	struct code_part code_part;
 	struct hit hit;
+	struct python_call python_call;
 	struct hit_probe hit_probe;
 	struct hit_argument hit_argument;
 	struct interpreter interpreter;
+	struct call_watch call_watch;
 } record_layouts = {};
 
 enum {

@@ -62,16 +62,19 @@ struct {
 } tls_sessions SEC(".maps");
 
 /* Whether the current thread is recorded. The CPU mostly knows, which saves the look-up. */
-static __always_inline bool is_recorded(struct cpu_state *cpu, struct task_struct *task)
+static __always_inline bool is_recorded_thread(struct cpu_state *cpu, struct task_struct *task)
 {
 	struct task_record *record;
 
-	if (!tls_wanted)
-		return false;
 	if (cpu->task == (__u64)task)
 		return cpu->recorded;
 	record = record_of(task);
 	return record && record->phase != PHASE_DORMANT;
+}
+
+static __always_inline bool is_recorded(struct cpu_state *cpu, struct task_struct *task)
+{
+	return tls_wanted && is_recorded_thread(cpu, task);
 }
 
 static __always_inline int begin_tls(struct pt_regs *regs, __u64 length_at, __u64 flags)

@@ -293,6 +293,8 @@ class Recorder:
             pending.add(capture.drain())
         if len(still_open):
             pending.hot.append((0, 0, still_open))
+        if len(open_calls := capture.open_calls()):
+            pending.wide.append((0, 0, open_calls))
         pending.last = True
         self._hand_over(capture, pending, lost)
 

@@ -46,6 +46,7 @@ class RecordKind(IntEnum):
     RECORD_STACK = 15
     RECORD_CODE = 16
     RECORD_HIT = 17
+    RECORD_PYTHON_CALL = 18
 
 
 class LossKind(IntEnum):
@@ -172,6 +173,9 @@ class PythonLimits(IntEnum):
     HIT_ARGUMENTS = 8
     HIT_TEXTS = 4
     HIT_TEXT_BYTES = 320
+    ARGUMENT_BYTES = 80
+    CALL_WATCHES = 1024
+    OPEN_CALLS = 8192
 
 
 class HitSource(IntEnum):
@@ -205,6 +209,41 @@ class HitLimits(IntEnum):
     HIT_TEXT_MORE = 104
     HIT_CARRIES = 2
     HIT_NO_REGISTER = 65535
+
+
+class ValueKind(IntEnum):
+    """enum value_kind of events.h."""
+
+    VALUE_UNBOUND = 0
+    VALUE_NONE = 1
+    VALUE_BOOL = 2
+    VALUE_INT = 3
+    VALUE_LONG_INT = 4
+    VALUE_FLOAT = 5
+    VALUE_BYTES = 6
+    VALUE_LATIN1 = 7
+    VALUE_UCS2 = 8
+    VALUE_UCS4 = 9
+    VALUE_OBJECT = 10
+    VALUE_UNREADABLE = 11
+
+
+class CallWatchRole(IntEnum):
+    """enum call_watch_role of events.h."""
+
+    WATCH_BEGIN = 1
+    WATCH_END = 2
+    WATCH_UNWIND = 3
+
+
+class CallWatchFlags(IntEnum):
+    """enum call_watch_flags of events.h."""
+
+    CALL_NO_END = 1
+    CALL_HEAP_FRAMES = 2
+    CALL_CFRAME = 4
+    CALL_INT_TAG = 8
+    CALL_FRAME_STATE = 16
 
 
 FLIGHT: np.dtype[Any] = np.dtype(
@@ -506,6 +545,25 @@ HIT: np.dtype[Any] = np.dtype(
         ("text", "|V320"),
     ]
 )
+PYTHON_CALL: np.dtype[Any] = np.dtype(
+    [
+        ("sequence", "<u4"),
+        ("probe", "<u2"),
+        ("kind", "|u1"),
+        ("arguments", "|u1"),
+        ("time_ns", "<u8"),
+        ("duration_ns", "<u8"),
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("context", "<u8"),
+        ("text_bytes", "<u4"),
+        ("text_lengths", ("<u2", (4,))),
+        ("reserved", "<u4"),
+        ("kinds", "<u8"),
+        ("values", ("<u8", (8,))),
+        ("text", "|V320"),
+    ]
+)
 HIT_PROBE: np.dtype[Any] = np.dtype(
     [
         ("pair", "<u4"),
@@ -565,6 +623,38 @@ INTERPRETER: np.dtype[Any] = np.dtype(
         ("context_entered", "<u2"),
         ("chunk_previous", "<u2"),
         ("reserved", ("<u2", (5,))),
+    ]
+)
+CALL_WATCH: np.dtype[Any] = np.dtype(
+    [
+        ("code", "<u8"),
+        ("none", "<u8"),
+        ("bool_type", "<u8"),
+        ("int_type", "<u8"),
+        ("float_type", "<u8"),
+        ("str_type", "<u8"),
+        ("bytes_type", "<u8"),
+        ("first_instruction", "<u8"),
+        ("tss", "<i4"),
+        ("probe", "<u2"),
+        ("role", "|u1"),
+        ("flags", "|u1"),
+        ("tstate_frame", "<u2"),
+        ("cframe_frame", "<u2"),
+        ("frame_code", "<u2"),
+        ("frame_previous", "<u2"),
+        ("frame_locals", "<u2"),
+        ("frame_blocks", "<u2"),
+        ("frame_block_stack", "<u2"),
+        ("frame_state", "<u2"),
+        ("frame_instruction", "<u2"),
+        ("unicode_ascii", "<u2"),
+        ("unicode_compact", "<u2"),
+        ("bytes_data", "<u2"),
+        ("arguments", "|u1"),
+        ("reserved0", "|u1"),
+        ("tstate_datastack_top", "<u2"),
+        ("frame_words", "<u4"),
     ]
 )
 CPU_STATE: np.dtype[Any] = np.dtype(

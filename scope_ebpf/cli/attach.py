@@ -12,6 +12,7 @@ Examples:
   sudo scope-ebpf attach --pid 4242
   sudo scope-ebpf attach --pid $(pgrep -o gunicorn) --pid $(pgrep -o postgres) -o shop --duration 30s
   sudo scope-ebpf attach --pid 4242 --families messages --payload-bytes 0
+  sudo scope-ebpf attach --pid 4242 --calls shop.views:checkout
 """
 )
 @click.option(
@@ -29,10 +30,19 @@ Examples:
     show_default=True,
     help="Record the children, too: those that exist and those to come.",
 )
+@click.option(
+    "--calls",
+    multiple=True,
+    metavar="MODULE:FUNCTION",
+    help="Record each call of a Python function, with its duration and arguments, in the table hits; also"
+    " MODULE:CLASS.METHOD. May be given more than once, as far as the CPU's debug registers reach. What it"
+    " costs is said before anything is attached.",
+)
 @recording_options
 def attach(
     pids: tuple[int, ...],
     follow: bool,
+    calls: tuple[str, ...],
     choices: Choices,
 ) -> None:
     """Record running processes, their threads and children.
@@ -51,10 +61,12 @@ def attach(
             " `scope-ebpf record --all`, or process 1 alone with --no-follow"
         )
     targets = tuple(find_target(pid) for pid in dict.fromkeys(pids))
+    specs = session.announce_calls(calls, [target.tgid for target in targets], follow=follow)
     session.record(
         CaptureOptions(
             tgids=tuple(target.tgid for target in targets),
             follow=follow,
+            calls=specs,
             **choices.capture(),
         ),
         choices=choices,

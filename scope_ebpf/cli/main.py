@@ -26,6 +26,7 @@ COMMANDS = {
     "threads": "Show where the time of each thread went.",
     "events": "Show the rows of a recording's table.",
     "export": "Write spans for OpenTelemetry or Perfetto.",
+    "stack": "Show where the threads and tasks of a live Python process stand right now.",
     "probes": "List the USDT probes of a program or library.",
     "doctor": "Tell which probes work on this host, and how to fix the others.",
 }

@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from scope_ebpf.cli.units import printable
 from scope_ebpf.errors import ScopeError
 from scope_ebpf.loaders import privileges
 from scope_ebpf.loaders.capture import CaptureOptions
-from scope_ebpf.loaders.targets import Target
+from scope_ebpf.loaders.python import calls
+from scope_ebpf.loaders.python.functions import Spec, parse_spec
+from scope_ebpf.loaders.targets import Target, with_descendants
 from scope_ebpf.recorder import Plan, Recorder, Status
 from scope_ebpf.recording.directory import create_directory, recording_path, remove_unused
 
@@ -69,6 +71,22 @@ def say(text: str, *, end: str = "\n") -> None:
         click.echo(f"{text}{end}", nl=False, err=True)
 
 
+def announce_calls(specs: Sequence[str], tgids: Iterable[int], *, follow: bool) -> tuple[Spec, ...]:
+    """Check that the calls of these functions can be recorded, and say what that costs.
+
+    Raises:
+        ScopeError: they cannot be, with the reason.
+    """
+    if not specs:
+        return ()
+    parsed = tuple(dict.fromkeys(map(parse_spec, specs)))
+    trap_ns = calls.try_breakpoint()
+    found = calls.find_calls(parsed, with_descendants(tgids) if follow else tgids)
+    for line in calls.describe_cost(found, trap_ns):
+        say(line)
+    return parsed
+
+
 def record(
     options: CaptureOptions,
     *,
@@ -104,7 +122,7 @@ def record(
         privileges.drop_after_attaching(os.environ)
         say(f"recording {printable(subject)} to {printable(str(path))}; {ending}")
 
-    if choices.unredacted and (options.payload_bytes or options.probes):
+    if choices.unredacted and (options.payload_bytes or options.probes or options.calls):
         say(UNREDACTED)
     recorder = Recorder(
         Plan(path, options, targets, tuple(sys.argv), choices.duration, choices.unredacted),

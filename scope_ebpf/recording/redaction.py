@@ -18,6 +18,7 @@ from scope_ebpf.protocols.contract import Kept, Protocol, Roles
 from scope_ebpf.protocols.heads import Heads
 from scope_ebpf.protocols.masking import mask, new_key
 from scope_ebpf.protocols.registry import PROTOCOLS
+from scope_ebpf.recording.calls import mask_arguments
 from scope_ebpf.recording.hits import CUT, TEXT_TREATMENT, as_text, treatments
 
 # What tells one connection from another, by table.
@@ -51,12 +52,18 @@ class Redactor:
         self._treatments = treatments(hit_kinds)
 
     def redact_all(self, frames: dict[str, pl.DataFrame]) -> None:
-        """Redact the tables that have payloads, in place."""
+        """Redact the tables that have payloads or arguments, in place."""
         for table in _CONNECTIONS:
             if table in frames:
                 frames[table] = self.redact(frames[table], table)
         if "hits" in frames:
             frames["hits"] = self.redact_hits(frames["hits"])
+        if "calls" in frames:
+            calls = frames.pop("calls")
+            if not self.unredacted:
+                calls = mask_arguments(calls, self._key)
+            hits = frames.get("hits", calls.clear())
+            frames["hits"] = pl.concat([hits, calls]).sort("time_ns")
 
     def redact(self, frame: pl.DataFrame, table: str = "messages") -> pl.DataFrame:
         """The same rows with masked payloads.

@@ -73,6 +73,7 @@ class Store:
         places = places or Places()
         self._hit_kinds = places.kinds()
         self._redactor = Redactor(plan.unredacted, hit_kinds=self._hit_kinds)
+        self._calls = tuple(map(str, plan.options.calls))
         self._cgroups = CgroupPaths()
         self._lost: Counter[str] = Counter()
         self._announced: set[int] = set()
@@ -97,7 +98,12 @@ class Store:
         """
         failed_before = self._failed is not None
         frames = wide_frames(
-            batch.wide, self._payloads, self._descriptions, self._cgroups.path, self._hit_kinds
+            batch.wide,
+            self._payloads,
+            self._descriptions,
+            self._cgroups.path,
+            self._hit_kinds,
+            self._calls,
         )
         frames |= self._descriptions.take(last=batch.last)
         if alive := self._alive_rows(batch.marked):

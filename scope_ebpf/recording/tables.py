@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scope_ebpf import records
 from scope_ebpf.loaders.hits import HitKind
 from scope_ebpf.loaders.targets import split_arguments
+from scope_ebpf.recording.calls import python_calls_frame
 from scope_ebpf.recording.connections import connections_frame, connects_frame
 from scope_ebpf.recording.hits import hits_frame
 from scope_ebpf.recording.python_tables import (
@@ -320,8 +321,11 @@ def wide_frames(
     descriptions: Descriptions,
     cgroup_path: Callable[[int], str | None],
     hit_kinds: Sequence[HitKind] = (),
+    functions: Sequence[str] = (),
 ) -> dict[str, pl.DataFrame]:
     """The wide slots as rows of processes, connections, connects and hits.
+
+    Calls of Python `functions` are rows of hits, too, under a name of their own: `calls`.
 
     Payloads, stacks and code objects go to their waiting places.
     """
@@ -329,6 +333,7 @@ def wide_frames(
     connections: list[Records] = []
     connects: list[Run] = []
     hits: list[Run] = []
+    calls: list[Run] = []
     for cpu, _, slots in runs:
         kinds = slots["kind"]
         payloads.add(cpu, slots)
@@ -340,6 +345,8 @@ def wide_frames(
         connects += [(cpu, 0, tried)] if len(tried) else []
         hit = typed(slots[kinds == RecordKind.RECORD_HIT], records.HIT)
         hits += [(cpu, 0, hit)] if len(hit) else []
+        call = typed(slots[kinds == RecordKind.RECORD_PYTHON_CALL], records.PYTHON_CALL)
+        calls += [(cpu, 0, call)] if len(call) else []
     frames = {}
     if processes:
         frames["processes"] = rows_frame("processes", processes)
@@ -351,6 +358,9 @@ def wide_frames(
     if hits:
         cpus, _, rows = join_runs(hits)
         frames["hits"] = hits_frame(rows, cpus, hit_kinds)
+    if calls:
+        cpus, _, rows = join_runs(calls)
+        frames["calls"] = python_calls_frame(rows, cpus, functions)
     return frames
 
 

@@ -56,7 +56,7 @@ class Backend:
 
     async def prepare(self):
         # not in __init__: up to 3.9 a queue belongs to the loop of the thread that makes it
-        self.queue = asyncio.Queue()
+        self.queue: asyncio.Queue = asyncio.Queue()
         if self.back == "pool":
             for _ in range(POOL):
                 self.queue.put_nowait(await self.connect())

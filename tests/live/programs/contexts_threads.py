@@ -59,14 +59,14 @@ def main():
                 connection, _ = listener.accept()
                 selector.register(connection, selectors.EVENT_READ)
                 continue
-            connection = key.fileobj
-            assert isinstance(connection, socket.socket)
-            data = connection.recv(65536)
+            asking = key.fileobj
+            assert isinstance(asking, socket.socket)
+            data = asking.recv(65536)
             if data:
-                pool.submit(work, connection, data.split(b" ")[1][3:])
+                pool.submit(work, asking, data.split(b" ")[1][3:])
             else:
-                selector.unregister(connection)
-                connection.close()
+                selector.unregister(asking)
+                asking.close()
 
 
 main()

@@ -271,9 +271,9 @@ def objects(log, parent):
 class Pause:
     """What a coroutine awaits to be stopped."""
 
-    def __init__(self, log):
-        self.log = log
-        self.parent = 0
+    # given from outside: an __init__ of Python would be a frame that the log does not have
+    log = None
+    parent = 0
 
     def __await__(self):
         node = begin(self.log, self.parent, "__await__")
@@ -307,7 +307,9 @@ async def working(log, parent, pause):
 def drive(log, parent):
     """Steps of a coroutine, as an event loop makes them."""
     node = begin(log, parent, "drive")
-    step = working(log, node, Pause(log))
+    pause = Pause()
+    pause.log = log
+    step = working(log, node, pause)
     here(log, node, HERE)
     step.send(None)  # calls working
     here(log, node, SPIN)  # spin
