@@ -52,7 +52,7 @@ def build_chains(recording: Recording) -> Chains:
     services = service_names(processes)
     loops = read_loops(recording)
     lineage = read_lineage(recording)
-    drafts, heads = _exchanges(recording, connections, services, ended_ns, loops, lineage)
+    drafts, heads, owned = _exchanges(recording, connections, services, ended_ns, loops, lineage)
     connects = read_connects(recording)
     drafts = faults.begin_with_connects(drafts, connects, connections)
     drafts = pl.concat([drafts, faults.refused_connects(drafts, connects, services)])
@@ -61,7 +61,7 @@ def build_chains(recording: Recording) -> Chains:
     drafts = _as_the_other_end_says(_end_before_peer(drafts, matched), matched)
     links = [link(matched, "calls", "exact", "same bytes on the connection")]
     drafts, nested = jobs.work_on(
-        drafts, heads, loops, lineage, processes, lambda: read_pipes(recording), ended_ns
+        drafts, owned, heads, loops, lineage, processes, lambda: read_pipes(recording), ended_ns
     )
     links += nested
     servers = known_servers(drafts, connections)
@@ -91,8 +91,8 @@ def _exchanges(
     ended_ns: int,
     loops: pl.DataFrame | None,
     lineage: Lineage | None,
-) -> tuple[pl.DataFrame, Heads]:
-    """The exchanges of a recording as drafts of spans, and the heads that they refer to."""
+) -> tuple[pl.DataFrame, Heads, pl.DataFrame]:
+    """The exchanges of a recording as drafts of spans; the heads and the OWNED that they refer to."""
     wire = read_wire(recording, connections)
     rows = np.flatnonzero((wire.payload.is_not_null().to_numpy()) & (wire.length > 0))
     heads = Heads.of(wire.payload.gather(rows), wire.length[rows])
@@ -100,8 +100,9 @@ def _exchanges(
     spoken = recognise(wire, heads, rows, PROTOCOLS, np.isin(wire.connection, udp))
     turns = find_turns(wire, spoken, heads, rows)
     exchanges, request_row, response_row = find_exchanges(wire, spoken, turns)
+    exchanges, owned = own_requests(exchanges, lineage, loops)
     drafts = draft_spans(
-        own_requests(exchanges, lineage, loops),
+        exchanges,
         turns.requests.select(pl.all().gather(request_row)),
         turns.responses.select(pl.all().gather(response_row)),
         connections,
@@ -109,7 +110,7 @@ def _exchanges(
         [protocol.name for protocol in PROTOCOLS],
         ended_ns,
     )
-    return resolve_statements(drafts), heads
+    return resolve_statements(drafts), heads, owned
 
 
 def match_ends(drafts: pl.DataFrame) -> pl.DataFrame:

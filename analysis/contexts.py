@@ -39,6 +39,17 @@ Times = NDArray[np.int64]
 # Tasks make tasks, and items are put by those who work on items. Longer ways are not followed.
 _STEPS: Final = 64
 
+OWNED: Final = pl.Schema(
+    {
+        "received_in": pl.UInt64(),
+        "made_for": pl.Boolean(),
+        "worked_tid": pl.UInt32(),
+        "worked_in": pl.UInt64(),
+        "worked_ns": pl.Int64(),
+    }
+)
+"""What own_requests finds out of a request beside its context."""
+
 
 @dataclass(frozen=True)
 class Points:
@@ -244,26 +255,22 @@ def read_lineage(recording: Recording) -> Lineage | None:
 
 def own_requests(
     exchanges: pl.DataFrame, lineage: Lineage | None, loops: pl.DataFrame | None
-) -> pl.DataFrame:
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Tell which context works on each request that a server received.
 
     `exchanges`: as find_exchanges gives them, with `response_context`; `loops`: as nesting.read_loops
     gives it. Returns them with `context` (of a server: the request's own, as far as it is known) and
+    `owned`: the row of what else is known in the second frame, or null. That has the columns
 
     - `received_in`: the reader's context that received it, if that is another one; else 0
     - `made_for`: whether `context` was made for the request, after it had come
     - `worked_tid`, `worked_in`, `worked_ns`: the thread of a pool that worked on it, its context (0 or
       a greenlet), and since when; or 0
     """
-    nothing = {
-        "received_in": pl.lit(0, dtype=pl.UInt64),
-        "made_for": pl.lit(value=False),
-        "worked_tid": pl.lit(0, dtype=pl.UInt32),
-        "worked_in": pl.lit(0, dtype=pl.UInt64),
-        "worked_ns": pl.lit(0, dtype=pl.Int64),
-    }
     if lineage is None or exchanges.is_empty():
-        return exchanges.with_columns(**nothing)
+        return exchanges.with_columns(owned=pl.lit(None, dtype=pl.UInt32)), pl.DataFrame(
+            schema=OWNED
+        )
     received = ~exchanges["client"] & ~exchanges["delivery"] & ~exchanges["orphan"]
     rows = np.flatnonzero(received.to_numpy())
     tgid, tid, reader, came = (
@@ -295,24 +302,22 @@ def own_requests(
     pooled = (answerer != 0) & lineage.is_stack(sender) & (taken_ns >= came)
     pooled &= (answerer != tid) | (sender != reader)
     owner = np.where(pooled, reader, owner)
-    worked = np.zeros((3, len(exchanges)), np.uint64)
-    worked[:, rows[pooled]] = answerer[pooled], sender[pooled], taken_ns[pooled].astype(np.uint64)
-    context, received_in = (
-        exchanges["context"].to_numpy().copy(),
-        np.zeros(len(exchanges), np.uint64),
-    )
-    made_for = np.zeros(len(exchanges), np.bool_)
+    context = exchanges["context"].to_numpy().copy()
     context[rows] = owner
-    received_in[rows] = np.where((reader != owner) & ~lineage.is_stack(reader), reader, 0)
-    made_for[rows] = own & ~pooled
-    return exchanges.with_columns(
+    owned = np.full(len(exchanges), NONE, np.int64)
+    owned[rows] = np.arange(len(rows))
+    known = {
+        "received_in": np.where((reader != owner) & ~lineage.is_stack(reader), reader, 0),
+        "made_for": own & ~pooled,
+        "worked_tid": np.where(pooled, answerer, 0),
+        "worked_in": np.where(pooled, sender, 0),
+        "worked_ns": np.where(pooled, taken_ns, 0),
+    }
+    told = exchanges.with_columns(
         context=pl.Series(context, dtype=pl.UInt64),
-        received_in=pl.Series(received_in, dtype=pl.UInt64),
-        made_for=pl.Series(made_for),
-        worked_tid=pl.Series(worked[0]).cast(pl.UInt32),
-        worked_in=pl.Series(worked[1]),
-        worked_ns=pl.Series(worked[2]).cast(pl.Int64),
+        owned=pl.Series(owned).replace(NONE, None).cast(pl.UInt32),
     )
+    return told, pl.DataFrame(known).cast(OWNED)
 
 
 def _topmost_since(

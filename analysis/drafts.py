@@ -9,7 +9,7 @@ import polars as pl
 
 # Columns of a draft beside those of SPANS that do not need other rows. `row`: its number. `kind`:
 # also `delivery`, what a server pushed to a subscriber, which becomes no span of its own.
-# `context`, `received_in`, `made_for`, `worked_…`: as contexts.own_requests gives them.
+# `context`, `owned`: as contexts.own_requests gives them.
 # `asked_ns`: when the request's last bytes moved. `end_ns`: null without a response. `until_ns`: end
 # of the span, whatever ended it. `head` of the request and the response: rows in the heads.
 DRAFT: Final = pl.Schema(
@@ -19,11 +19,7 @@ DRAFT: Final = pl.Schema(
         "tgid": pl.UInt32(),
         "tid": pl.UInt32(),
         "context": pl.UInt64(),
-        "received_in": pl.UInt64(),
-        "made_for": pl.Boolean(),
-        "worked_tid": pl.UInt32(),
-        "worked_in": pl.UInt64(),
-        "worked_ns": pl.Int64(),
+        "owned": pl.UInt32(),
         "response_tid": pl.UInt32(),
         "service": pl.String(),
         "protocol": pl.String(),

@@ -131,11 +131,6 @@ def fill(columns: pl.DataFrame, *, first_row: int) -> pl.DataFrame:
     """Drafts from some of their columns; the others are null, zero or false."""
     defaults = {
         "context": 0,
-        "received_in": 0,
-        "made_for": False,
-        "worked_tid": 0,
-        "worked_in": 0,
-        "worked_ns": 0,
         "response_tid": 0,
         "miss": False,
         "request_bytes": 0,

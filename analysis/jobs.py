@@ -10,7 +10,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from scope_ebpf.analysis.asof import NONE, count_before, first_after, group_numbers, latest_before
-from scope_ebpf.analysis.contexts import Lineage, Points, trace
+from scope_ebpf.analysis.contexts import OWNED, Lineage, Points, trace
 from scope_ebpf.analysis.drafts import DRAFT
 from scope_ebpf.analysis.handovers import hand_over
 from scope_ebpf.analysis.links import link
@@ -39,6 +39,7 @@ _SET: Final = r"^(?:SET|SETEX|PSETEX|SETNX|HSET|set|add) (\S+)"
 
 def work_on(
     drafts: pl.DataFrame,
+    owned: pl.DataFrame,
     heads: Heads,
     loops: pl.DataFrame | None,
     lineage: Lineage | None,
@@ -48,6 +49,8 @@ def work_on(
 ) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
     """Add the jobs that were done, and tell what every request and job led to.
 
+    `owned`: as contexts.own_requests gives it.
+
     Returns the drafts with one more of the kind `consumer` for each job, and frames of links:
     `cause`, `effect` (rows), `edge`, `evidence`, `reason`, `parent`. `pipes` reads what went over
     pipes (handovers.read_pipes), if there were jobs.
@@ -56,7 +59,13 @@ def work_on(
     servers = drafts.filter((pl.col("kind") == "server") & (pl.col("state") != "began_before"))
     clients = drafts.filter(pl.col("kind") == "client")
     lines = _lines(drafts)
-    first = nest(_flows(servers, lines), _flows(clients, lines), loops, _repliers(servers), lineage)
+    first = nest(
+        _flows(servers, lines, owned),
+        _flows(clients, lines, owned),
+        loops,
+        _repliers(servers),
+        lineage,
+    )
     taken = _taken(drafts, clients.filter(pl.Series(first.parent == NONE)))
     consumers, linked, jobs = _consumers(drafts, taken, heads, ended_ns)
     # what brought a job is no part of the work on it
@@ -83,7 +92,11 @@ def work_on(
         linked = pl.concat([linked, passed_on])
     handlers = pl.concat([servers, consumers])
     nested = nest(
-        _flows(handlers, lines), _flows(clients, lines), loops, _repliers(handlers), lineage
+        _flows(handlers, lines, owned),
+        _flows(clients, lines, owned),
+        loops,
+        _repliers(handlers),
+        lineage,
     )
     links = [
         _nested_links(handlers, clients, nested),
@@ -151,11 +164,18 @@ def _lines(drafts: pl.DataFrame) -> NDArray[Any]:
     return drafts.select(line.rank("dense").fill_null(0).cast(pl.Int64)).to_series().to_numpy()
 
 
-def _flows(drafts: pl.DataFrame, lines: NDArray[Any]) -> Flows:
+def _flows(drafts: pl.DataFrame, lines: NDArray[Any], owned: pl.DataFrame) -> Flows:
     rows = drafts["row"].to_numpy()
     line = np.zeros(len(rows), np.int64)
     known = rows < len(lines)
     line[known] = lines[rows[known]]
+    more = {}
+    if not owned.is_empty():
+        of_rows = owned.select(pl.all().gather(drafts["owned"]))
+        more = {
+            name: of_rows[name].fill_null(False if name == "made_for" else 0).to_numpy()
+            for name in OWNED
+        }
     return Flows(
         tgid=drafts["tgid"].to_numpy(),
         tid=drafts["tid"].to_numpy(),
@@ -168,11 +188,7 @@ def _flows(drafts: pl.DataFrame, lines: NDArray[Any]) -> Flows:
         start_ns=drafts["sent_ns"].to_numpy(),
         end_ns=drafts["until_ns"].to_numpy(),
         line=line,
-        received_in=drafts["received_in"].fill_null(0).to_numpy(),
-        made_for=drafts["made_for"].fill_null(value=False).to_numpy(),
-        worked_tid=drafts["worked_tid"].fill_null(0).to_numpy(),
-        worked_in=drafts["worked_in"].fill_null(0).to_numpy(),
-        worked_ns=drafts["worked_ns"].fill_null(0).to_numpy(),
+        **more,
     )
 
 
@@ -296,9 +312,7 @@ def _consumers(
         .otherwise(pl.lit("complete")),
         queue_action=pl.lit(None, dtype=pl.String),
         response_tid=pl.lit(0, dtype=pl.UInt32),
-        received_in=pl.lit(0, dtype=pl.UInt64),
-        made_for=pl.lit(value=False),
-        worked_tid=pl.lit(0, dtype=pl.UInt32),
+        owned=pl.lit(None, dtype=pl.UInt32),
         request_bytes="response_bytes",
         response_bytes=pl.lit(0, dtype=pl.Int64),
         exact=pl.lit(value=False),

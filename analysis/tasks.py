@@ -8,9 +8,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from scope_ebpf.analysis.frames import resolve
 from scope_ebpf.analysis.names import thread_names
 from scope_ebpf.analysis.schema import PARTS
+from scope_ebpf.analysis.stacks.frames import resolve
 from scope_ebpf.recording.readable import CONTEXT_KIND
 from scope_ebpf.recording.reader import Recording
 

@@ -14,7 +14,7 @@ from typing import Final
 from xml.sax.saxutils import escape, quoteattr
 
 from scope_ebpf.analysis.export.flamegraph_script import SCRIPT, STYLE
-from scope_ebpf.analysis.profile import KINDS, Frame, Kind, Node, Profile, tree
+from scope_ebpf.analysis.stacks.profile import KINDS, Frame, Kind, Node, Profile, tree
 
 WIDTH: Final = 1200
 MARGIN: Final = 10

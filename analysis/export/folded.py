@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from scope_ebpf.analysis.profile import Profile, added
+from scope_ebpf.analysis.stacks.profile import Profile, added
 
 _ESCAPES = str.maketrans({";": ":", "\n": " ", "\r": " "})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from scope_ebpf.analysis.profile import Frame, Profile
+from scope_ebpf.analysis.stacks.profile import Frame, Profile
 from scope_ebpf.version import __version__
 
 SCHEMA = "https://www.speedscope.app/file-format-schema.json"

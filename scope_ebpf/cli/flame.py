@@ -17,7 +17,7 @@ from scope_ebpf.cli.files import check_free, created
 from scope_ebpf.errors import ScopeError, UsageError
 
 if TYPE_CHECKING:
-    from scope_ebpf.analysis.profile import Profile
+    from scope_ebpf.analysis.stacks.profile import Profile
     from scope_ebpf.recording.reader import Recording
 
 # By the end of the file's name; the longest that fits counts.
@@ -147,7 +147,7 @@ def _profile(
     opened: Recording, view: str, request: str | None, service: str | None, tgid: int | None,
     *, lines: bool, by_thread: bool,
 ) -> Profile:  # fmt: skip
-    from scope_ebpf.analysis import flame as analysis
+    from scope_ebpf.analysis.stacks import whole as analysis
     from scope_ebpf.analysis.names import processes_of
 
     if request is not None:
@@ -163,7 +163,7 @@ def _profile(
 
 def _of_request(opened: Recording, request: str, *, lines: bool, by_thread: bool) -> Profile:
     from scope_ebpf.analysis.chain import find_span
-    from scope_ebpf.analysis.flame_request import of_request
+    from scope_ebpf.analysis.stacks.request import of_request
 
     spans = opened.collect(opened.spans())
     if spans.is_empty():

@@ -98,7 +98,7 @@ def what_is_less(opened: Recording, found: pl.DataFrame) -> str | None:
             "record with offcpu in --families"
         )
     if not found["samples"].sum():
-        from scope_ebpf.analysis.missing import why_no_samples
+        from scope_ebpf.analysis.stacks.missing import why_no_samples
 
         return f"Python and native cannot be told apart: {why_no_samples(opened)}"
     return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
@@ -11,11 +13,12 @@ import pytest
 
 from scope_ebpf.cpython.call_offsets import call_offsets
 from scope_ebpf.errors import LoadError
-from scope_ebpf.loaders.libbpf import open_breakpoint
+from scope_ebpf.loaders.perf import open_breakpoint
 from scope_ebpf.loaders.python.calls import try_breakpoint
-from tests.live.interpreters import Interpreter, found_interpreters, interpreters, resolve
 from tests.live.programs.called import COUNT, VALUES
+from tests.live.pythons import Python, pythons
 from tests.live.recording import PROGRAMS, Session, Target, attached, no_losses
+from tests.live.roots import clear, running
 
 pytestmark = pytest.mark.live
 
@@ -30,19 +33,16 @@ def _breakpoints():
         pytest.skip(str(error))
 
 
-def is_known(interpreter: Interpreter | str) -> bool:
-    """Whether calls can be watched in it."""
-    version = interpreter.version if isinstance(interpreter, Interpreter) else interpreter[:4]
-    major, minor = map(int, version.split("."))
-    return call_offsets((major, minor, 1)) is not None
+# those in which calls can be watched
+KNOWN = [python for python in pythons() if call_offsets(python.version) is not None]
 
 
-KNOWN = [each for each in interpreters() if is_known(each)]
-
-
-def start(interpreter: Interpreter | str, what: str) -> Target:
+@contextmanager
+def started(python: Python, what: str) -> Iterator[Target]:
     """The program at its gate."""
-    return Target(*resolve(interpreter).command(PROGRAM, what))
+    with Target(*running(python, PROGRAM, what)) as target:
+        yield target
+    clear(python)
 
 
 def hits(session: Session) -> pl.DataFrame:
@@ -57,11 +57,10 @@ def watched(directory: Path, target: Target, name: str, *options: str):
     return attached(directory, target, *chosen, *options or ["--unredacted"])
 
 
-@pytest.mark.parametrize("interpreter", KNOWN, ids=str)
-def test_every_call_once(interpreter, tmp_path):
-    interpreter = resolve(interpreter)
+@pytest.mark.parametrize("python", KNOWN, ids=str)
+def test_every_call_once(python, tmp_path):
     with (
-        start(interpreter, "work") as target,
+        started(python, "work") as target,
         watched(tmp_path, target, "work") as session,
     ):
         note = target.work()
@@ -74,7 +73,7 @@ def test_every_call_once(interpreter, tmp_path):
     assert rows["probe"].unique().to_list() == ["__main__:work"]
     assert rows["arguments"].list.len().unique().to_list() == [3]
     # up to 3.10 the second raising of an exception is not seen
-    again = pl.col("mode") == "finally" if not interpreter.at_least("3.11") else pl.lit(False)
+    again = pl.col("mode") == "finally" if python.version < (3, 11) else pl.lit(False)
     assert rows.filter(pl.col("duration_ns").is_null() != again).is_empty()
     count = dict(rows.group_by("mode").len().iter_rows())
     assert count == {
@@ -109,10 +108,10 @@ def shown(value: object) -> str:
     return "<list>" if isinstance(value, list) else repr(value)
 
 
-@pytest.mark.parametrize("interpreter", KNOWN, ids=str)
-def test_values(interpreter, tmp_path):
+@pytest.mark.parametrize("python", KNOWN, ids=str)
+def test_values(python, tmp_path):
     with (
-        start(interpreter, "show") as target,
+        started(python, "show") as target,
         watched(tmp_path, target, "show") as session,
     ):
         target.work()
@@ -122,7 +121,7 @@ def test_values(interpreter, tmp_path):
 
 def test_values_are_masked(tmp_path):
     with (
-        start(KNOWN[0], "show") as target,
+        started(KNOWN[0], "show") as target,
         watched(tmp_path, target, "show", "--payload-bytes", "0") as session,
     ):
         target.work()
@@ -139,7 +138,7 @@ def test_values_are_masked(tmp_path):
     assert b"ascii'" not in everything
 
 
-@pytest.mark.parametrize("interpreter", KNOWN[-1:], ids=str)
+@pytest.mark.parametrize("python", KNOWN[-1:], ids=str)
 @pytest.mark.parametrize(
     ("name", "arguments", "ends"),
     [
@@ -151,9 +150,9 @@ def test_values_are_masked(tmp_path):
         ("waited", lambda n: [str(n)], False),
     ],
 )
-def test_kinds_of_functions(interpreter, name, arguments, ends, tmp_path):
+def test_kinds_of_functions(python, name, arguments, ends, tmp_path):
     with (
-        start(interpreter, "names") as target,
+        started(python, "names") as target,
         watched(tmp_path, target, name) as session,
     ):
         target.work()
@@ -166,7 +165,7 @@ def test_kinds_of_functions(interpreter, name, arguments, ends, tmp_path):
 @pytest.mark.parametrize("follow", [True, False])
 def test_children_and_a_call_without_end(follow, tmp_path):
     with (
-        start(KNOWN[0], "endless") as target,
+        started(KNOWN[0], "endless") as target,
         watched(
             tmp_path, target, "work", "--unredacted", *[] if follow else ["--no-follow"]
         ) as session,
@@ -186,20 +185,20 @@ def test_children_and_a_call_without_end(follow, tmp_path):
     assert gate["tgid"].to_list() == [target.pid]
 
 
-@pytest.mark.parametrize("interpreter", KNOWN, ids=str)
-def test_decorators_are_looked_through(interpreter, tmp_path):
+@pytest.mark.parametrize("python", KNOWN, ids=str)
+def test_decorators_are_looked_through(python, tmp_path):
     with (
-        start(interpreter, "names") as target,
+        started(python, "names") as target,
         watched(tmp_path, target, "wrapped") as session,
     ):
         target.work()
     assert hits(session)["arguments"].to_list() == [[str(n)] for n in range(COUNT)]
 
 
-@pytest.mark.parametrize("interpreter", KNOWN, ids=str)
-def test_generators(interpreter, tmp_path):
+@pytest.mark.parametrize("python", KNOWN, ids=str)
+def test_generators(python, tmp_path):
     with (
-        start(interpreter, "names") as target,
+        started(python, "names") as target,
         watched(tmp_path, target, "steps") as session,
     ):
         target.work()
@@ -221,7 +220,7 @@ def test_generators(interpreter, tmp_path):
     ],
 )
 def test_what_cannot_be_watched(name, reason, tmp_path):
-    with start(found_interpreters()[-1], "show") as target:
+    with started(KNOWN[-1], "show") as target:
         with (
             pytest.raises(AssertionError, match="ended with") as failure,
             attached(tmp_path, target, "--calls", name),
@@ -236,7 +235,7 @@ def test_what_cannot_be_watched(name, reason, tmp_path):
 
 def test_two_functions(tmp_path):
     with (
-        start(KNOWN[-1], "names") as target,
+        started(KNOWN[-1], "names") as target,
         watched(
             tmp_path, target, "Shop.total", "--calls", "__main__:wrapped", "--unredacted"
         ) as session,
@@ -250,7 +249,7 @@ def test_two_functions(tmp_path):
 
 
 def test_debug_registers_in_use(tmp_path):
-    with start(KNOWN[-1], "show") as target:
+    with started(KNOWN[-1], "show") as target:
         taken = [open_breakpoint(target.pid, 4096 + 8 * n, 8, writes=True) for n in range(4)]
         try:
             assert min(taken) >= 0
@@ -268,7 +267,7 @@ def test_debug_registers_in_use(tmp_path):
 
 def test_too_many(tmp_path):
     options = ["--calls", "__main__:work", "--calls", "__main__:show", "--calls", "__main__:call"]
-    with start(KNOWN[-1], "show") as target:
+    with started(KNOWN[-1], "show") as target:
         with (
             pytest.raises(AssertionError, match=r"; name [12]") as failure,
             attached(tmp_path, target, *options),

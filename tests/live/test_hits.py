@@ -25,6 +25,7 @@ from scope_ebpf.loaders.capture import Capture, CaptureOptions
 from scope_ebpf.loaders.hit_families import program_files
 from scope_ebpf.loaders.usdt import sites_of
 from scope_ebpf.probe_specs import parse_probe
+from scope_ebpf.recording.python_tables import Descriptions
 from scope_ebpf.recording.tables import Payloads, wide_frames
 from scope_ebpf.records import LossKind
 from tests.live.recording import (
@@ -385,7 +386,9 @@ def test_kernels_without_multi_uprobes(program, monkeypatch):
 
 def hits_of(capture: Capture) -> pl.DataFrame:
     """The rows of hits that are in a capture's rings."""
-    frames = wide_frames(capture.drain().wide, Payloads(), lambda _: None, capture.places.kinds())
+    frames = wide_frames(
+        capture.drain().wide, Payloads(), Descriptions(), lambda _: None, capture.places.kinds()
+    )
     return frames["hits"]
 
 

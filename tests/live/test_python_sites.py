@@ -16,8 +16,9 @@ import pytest
 
 from scope_ebpf.loaders.python.files import probed_files
 from scope_ebpf.loaders.python.sites import PythonSite, file_sites
-from tests.live.interpreters import interpreters, resolve
+from tests.live.pythons import pythons
 from tests.live.recording import PROGRAMS, Target
+from tests.live.roots import clear, running
 
 pytestmark = pytest.mark.live
 
@@ -71,11 +72,12 @@ class Count:
         return int.from_bytes(os.read(self.descriptor, 8), "little")
 
 
-@pytest.fixture(params=interpreters(), ids=str)
+@pytest.fixture(params=pythons(), ids=str)
 def target(request) -> Iterator[Target]:
     """tests/live/programs/python_sites.py in one of the CPythons of this machine."""
-    with Target(*resolve(request.param).command(PROGRAMS / "python_sites.py")) as running:
-        yield running
+    with Target(*running(request.param, PROGRAMS / "python_sites.py")) as process:
+        yield process
+    clear(request.param)
 
 
 def do(target: Target, work: str) -> None:

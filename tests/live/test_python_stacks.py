@@ -92,7 +92,9 @@ def compared(known: Known) -> list[Compared]:
 def check(found: Compared) -> None:
     """It is as good as it has to be."""
     assert found.impossible == 0, found.examples
-    assert found.share >= LEAST_RIGHT, (found.share, found.examples)
+    # one is no share of the few hundred samples that a target has here; the benchmark takes more
+    missed = found.samples - found.right
+    assert missed <= max(1, (1 - LEAST_RIGHT) * found.samples), (missed, found.examples)
     assert found.lines > found.samples and found.wrong_lines == 0, found.examples
 
 
@@ -139,6 +141,12 @@ def test_every_tick_took_a_stack(name, run):
     )
     expected = truth.cpu_seconds * HZ
     assert LEAST_TICKS * expected < ticks < MOST_TICKS * expected
+
+
+def test_nearly_all_stacks_are_right_in_all_interpreters_together(run):
+    found = [each for known in run.targets.values() for each in compared(known)]
+    right = sum(each.right for each in found)
+    assert right >= LEAST_RIGHT * sum(each.samples for each in found)
 
 
 def test_threads_are_told_apart(run):

@@ -22,7 +22,7 @@ from scope_ebpf.loaders.python.checks import (
     usdt_names,
 )
 from scope_ebpf.loaders.python.files import interpreter_files, interpreters_in_path
-from tests.live.interpreters import Interpreter, found_interpreters
+from tests.live.pythons import Python, pythons, started
 
 pytestmark = pytest.mark.object
 
@@ -31,46 +31,47 @@ WORKS = Check("syscalls", True, "recorded 23 of 23 getppid calls", family=True)
 PYTHON = InterpreterCheck("process 7", False, "not to be looked into", "it is PyPy, not CPython")
 
 
-@pytest.fixture(params=found_interpreters(), ids=str)
-def interpreter(request) -> Interpreter:
+@pytest.fixture(params=[python for python in pythons() if python.root is None], ids=str)
+def python(request) -> Python:
     """Each CPython of this machine itself."""
-    found: Interpreter = request.param
+    found: Python = request.param
     return found
 
 
-def test_a_file(interpreter):
-    files = interpreter_files([], [Path(interpreter.path)])
-    reports = [report_file(path) for path in files if interpreter.version in path.name]
+def version_of(python: Python) -> str:
+    """Such as 3.11."""
+    return ".".join(map(str, python.version[:2]))
+
+
+def test_a_file(python):
+    files = interpreter_files([], [python.path])
+    reports = [report_file(path) for path in files if version_of(python) in path.name]
     assert reports
     for report in reports:
-        assert re.fullmatch(rf"Python {re.escape(interpreter.version)}\.\d+", report.name)
+        assert re.fullmatch(rf"Python {re.escape(version_of(python))}\.\d+", report.name)
         assert report.recorded == ALL
         assert all(clause.startswith("static probes") for clause in report.missing)
         assert bool(report.usdt) == (not report.missing)
 
 
-def test_static_probes_are_those_that_readelf_shows(interpreter):
+def test_static_probes_are_those_that_readelf_shows(python):
     if shutil.which("readelf") is None:
         pytest.skip("needs readelf: apt install binutils")
-    for path in interpreter_files([], [Path(interpreter.path)]):
+    for path in interpreter_files([], [python.path]):
         out = subprocess.run(["readelf", "-n", path], capture_output=True, text=True, check=True)
         shown = set(re.findall(r"Provider: python\n\s+Name: (\S+)", out.stdout))
         assert usdt_names(path) == shown
         assert usdt_names(path, "another") == set()
 
 
-def test_a_process(interpreter):
-    code = "import sys; print(flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [interpreter.path, "-I", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None
+def test_a_process(python):
+    with started(python, "print(flush=True); input()", flags=("-I",)) as process:
+        assert process.stdout is not None
         process.stdout.readline()
         check = doctor.check_interpreter_of(process.pid)
-        process.stdin.close()
     assert check.works is True
     assert check.name == f"process {process.pid}"
-    assert check.detail.startswith(f"Python {interpreter.version}.")
+    assert check.detail.startswith(f"Python {version_of(python)}.")
     assert "records stacks, waits for the GIL, contexts of tasks and work items" in check.detail
 
 
@@ -97,13 +98,13 @@ def test_what_is_no_python(tmp_path):
     assert check.detail == f"cannot read {text}"
 
 
-def test_interpreters_in_path(interpreter, monkeypatch, tmp_path):
-    (tmp_path / "python3").symlink_to(interpreter.path)
+def test_interpreters_in_path(python, monkeypatch, tmp_path):
+    (tmp_path / "python3").symlink_to(python.path)
     (tmp_path / "python3.99").write_text("#!/bin/sh\n")  # pyenv's shims are scripts
     monkeypatch.setenv("PATH", str(tmp_path))
     found = interpreters_in_path()
     assert len(found) == 1
-    assert interpreter.version in found[0].name
+    assert version_of(python) in found[0].name
 
 
 def test_they_have_a_section_of_their_own(monkeypatch):

@@ -25,7 +25,7 @@ from scope_ebpf.loaders.python.sites import (
     method_table,
     tasks_call_copy,
 )
-from tests.live.interpreters import Interpreter, found_interpreters
+from tests.live.pythons import Python, pythons, started
 
 pytestmark = pytest.mark.object
 
@@ -48,18 +48,26 @@ NAMES = {
 }
 
 
-@pytest.fixture(params=found_interpreters(), ids=str)
-def interpreter(request) -> Interpreter:
+@pytest.fixture(params=[python for python in pythons() if python.root is None], ids=str)
+def python(request) -> Python:
     """Each CPython of this machine itself."""
-    found: Interpreter = request.param
+    found: Python = request.param
     return found
 
 
-def library_of(interpreter: Interpreter) -> Path:
-    """The file with its C API: the one of all candidates that has its version in its name."""
-    files = interpreter_files([], [Path(interpreter.path)])
-    own = [path for path in files if interpreter.version in path.name]
-    return next(path for path in own if path.name.startswith("lib") == interpreter.shared)
+def library_of(python: Python) -> Path:
+    """The file with its C API, as a process of it has it mapped: its libpython, or the program."""
+    with started(python, "print(flush=True); input()") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+    mapped = {line.split()[-1] for line in maps.splitlines() if "/libpython3" in line}
+    return Path(*mapped) if mapped else python.path.resolve()
+
+
+def is_shared(python: Python) -> bool:
+    """Whether it is in a libpython of its own."""
+    return library_of(python) != python.path.resolve()
 
 
 def functions(path: Path) -> dict[str, tuple[int, int]]:
@@ -74,8 +82,8 @@ def functions(path: Path) -> dict[str, tuple[int, int]]:
         }
 
 
-def test_sites_are_in_the_functions_that_they_name(interpreter):
-    main = library_of(interpreter)
+def test_sites_are_in_the_functions_that_they_name(python):
+    main = library_of(python)
     seen, named = set(), 0
     for path in [main, *extension_files(main)]:
         known = functions(path)
@@ -89,32 +97,32 @@ def test_sites_are_in_the_functions_that_they_name(interpreter):
         "context_copied", "context_made", "context_freed", "code_freed", "future_done",
         "queue_put", "queue_got", "deque_put", "deque_got",
     }  # fmt: skip
-    if not interpreter.shared and not named:
+    if not is_shared(python) and not named:
         pytest.skip(f"optional: {main} is stripped; the live tests count its calls")
     assert named > 10
 
 
-def test_an_interpreter_is_told_by_its_content(interpreter, tmp_path):
-    assert is_interpreter(library_of(interpreter))
-    assert is_interpreter(Path(interpreter.path)) != interpreter.shared
+def test_an_interpreter_is_told_by_its_content(python, tmp_path):
+    assert is_interpreter(library_of(python))
+    assert is_interpreter(python.path) != is_shared(python)
     assert not is_interpreter(tmp_path)
     assert not is_interpreter(tmp_path / "missing")
 
 
-def test_extension_modules_are_those_that_it_imports(interpreter):
+def test_extension_modules_are_those_that_it_imports(python):
     code = (
         "import _queue, _asyncio; print(*(getattr(m, '__file__', '') for m in (_queue, _asyncio)))"
     )
     answer = subprocess.run(
-        [interpreter.path, "-I", "-c", code], capture_output=True, text=True, check=True
+        [python.path, "-I", "-c", code], capture_output=True, text=True, check=True
     )
-    found = {path.resolve() for path in extension_files(library_of(interpreter))}
+    found = {path.resolve() for path in extension_files(library_of(python))}
     assert {Path(name).resolve() for name in answer.stdout.split()} <= found
 
 
-def test_where_a_task_begins(interpreter):
+def test_where_a_task_begins(python):
     """The type of tasks is found by its table of methods, whether it is static or made of slots."""
-    main = library_of(interpreter)
+    main = library_of(python)
     assert method_table(LinkedData(SharedLibrary(main)), CONTEXT) is not None
     for path in extension_files(main):
         if path.name.startswith("_asyncio."):
@@ -129,19 +137,19 @@ def test_where_a_task_begins(interpreter):
             assert tasks_call_copy(data) is None  # it calls what another file defines
 
 
-def test_programs_and_scripts_of_a_virtual_environment(interpreter, tmp_path):
+def test_programs_and_scripts_of_a_virtual_environment(python, tmp_path):
     """By its link, by the first line of its scripts, and by the home of an environment of copies."""
-    wanted = library_of(interpreter)
+    wanted = library_of(python)
     for index, what in enumerate(("link", "script", "home")):
         folder = tmp_path / str(index) / "bin"
         folder.mkdir(parents=True)
         command = folder / "serve"
         if what == "link":
-            (folder / "python3").symlink_to(interpreter.path)
+            (folder / "python3").symlink_to(python.path)
         elif what == "script":
-            command.write_text(f"#!{interpreter.path} -I\n")
+            command.write_text(f"#!{python.path} -I\n")
         else:
-            home = Path(interpreter.path).parent
+            home = python.path.parent
             (folder.parent / "pyvenv.cfg").write_text(f"home = {home}\nversion = 3\n")
         assert any(path.samefile(wanted) for path in interpreter_files([], [command])), what
 

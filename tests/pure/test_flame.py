@@ -11,8 +11,8 @@ import polars as pl
 import pytest
 
 from scope_ebpf import open_recording
-from scope_ebpf.analysis.flame import gil_waits, off_cpu, on_cpu
-from scope_ebpf.analysis.profile import Profile
+from scope_ebpf.analysis.stacks.profile import Profile
+from scope_ebpf.analysis.stacks.whole import gil_waits, off_cpu, on_cpu
 from scope_ebpf.records import SampleReason
 from tests.pure.recordings import at, make_recording
 from tests.pure.stacks import FAMILIES, PERIOD, StackStory

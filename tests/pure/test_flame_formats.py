@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scope_ebpf.analysis.export.flamegraph import MARGIN, MOST, PAD, WIDTH, flamegraph_svg
 from scope_ebpf.analysis.export.folded import folded_lines
 from scope_ebpf.analysis.export.speedscope import speedscope_json
-from scope_ebpf.analysis.profile import KINDS, Frame, Profile, added
+from scope_ebpf.analysis.stacks.profile import KINDS, Frame, Profile, added
 
 pytestmark = pytest.mark.pure
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from scope_ebpf.analysis.flame_request import _with_descendants, of_request
-from scope_ebpf.analysis.profile import Profile
+from scope_ebpf.analysis.stacks.profile import Profile
+from scope_ebpf.analysis.stacks.request import _with_descendants, of_request
 from scope_ebpf.recording.reader import Recording
 from tests.pure.recordings import at
 from tests.pure.stacks import FAMILIES, PERIOD, StackStory

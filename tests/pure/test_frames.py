@@ -10,7 +10,7 @@ import types
 import polars as pl
 import pytest
 
-from scope_ebpf.analysis.frames import FRAMES, resolve
+from scope_ebpf.analysis.stacks.frames import FRAMES, resolve
 from tests.pure.recordings import at
 from tests.pure.stacks import StackStory
 

@@ -20,6 +20,7 @@ import random
 import socket
 import sys
 import threading
+from typing import Any
 
 CALLS = 4
 POOL = 8
@@ -56,7 +57,7 @@ class Backend:
 
     async def prepare(self):
         # not in __init__: up to 3.9 a queue belongs to the loop of the thread that makes it
-        self.queue: asyncio.Queue = asyncio.Queue()
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
         if self.back == "pool":
             for _ in range(POOL):
                 self.queue.put_nowait(await self.connect())

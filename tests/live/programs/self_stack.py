@@ -12,6 +12,7 @@ all the time. Nothing has to be tolerated in time. Kinds:
     HERE    before and after something is called
     SPIN    until the next entry it is in a loop on the lines that are marked `# spin`
     LEAVE   the last moment in a frame: of the next entry's node there may be another one in between
+    MADE    a coroutine was made, whose frame was on the stack for a moment (from 3.11 on)
 
 Lines that call a function of the tree are marked `# calls NAME`. Runs in CPython 3.8 and later, in
 pure Python, and neither looks at frames nor traces itself: that changes them.
@@ -30,7 +31,7 @@ import sys
 import threading
 import time
 
-ENTER, HERE, SPIN, LEAVE = 1, 2, 3, 4
+ENTER, HERE, SPIN, LEAVE, MADE = 1, 2, 3, 4, 5
 ENTRY = struct.Struct("<qIHH")
 ENTRIES = 1 << 22  # of each thread
 # long enough for the clock to tick in it, short enough for all of the tree to have its share
@@ -309,7 +310,9 @@ def drive(log, parent):
     node = begin(log, parent, "drive")
     pause = Pause()
     pause.log = log
-    step = working(log, node, pause)
+    here(log, node, HERE)
+    step = working(log, node, pause)  # calls working
+    here(log, met(log, node, "working", silent=False), MADE)
     here(log, node, HERE)
     step.send(None)  # calls working
     here(log, node, SPIN)  # spin

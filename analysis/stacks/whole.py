@@ -8,10 +8,10 @@ from typing import Final
 
 import polars as pl
 
-from scope_ebpf.analysis.frames import NOT_RECORDED, resolve
-from scope_ebpf.analysis.missing import why_no_gil, why_no_samples, why_no_waits
 from scope_ebpf.analysis.names import THREAD, thread_names
-from scope_ebpf.analysis.profile import Frame, Kind, Profile, added, file_kind
+from scope_ebpf.analysis.stacks.frames import NOT_RECORDED, resolve
+from scope_ebpf.analysis.stacks.missing import why_no_gil, why_no_samples, why_no_waits
+from scope_ebpf.analysis.stacks.profile import Frame, Kind, Profile, added, file_kind
 from scope_ebpf.analysis.waits import wait_kind
 from scope_ebpf.recording.reader import Recording
 

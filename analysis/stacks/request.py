@@ -9,12 +9,12 @@ import numpy as np
 import polars as pl
 
 from scope_ebpf.analysis.chain import request_tree
-from scope_ebpf.analysis.flame import WEIGHED, build, period_ns, ticks, waits
-from scope_ebpf.analysis.missing import why_no_stacks
 from scope_ebpf.analysis.names import THREAD
 from scope_ebpf.analysis.nesting import Flows, read_loops, works_alone
-from scope_ebpf.analysis.profile import Profile
 from scope_ebpf.analysis.schema import span_text
+from scope_ebpf.analysis.stacks.missing import why_no_stacks
+from scope_ebpf.analysis.stacks.profile import Profile
+from scope_ebpf.analysis.stacks.whole import WEIGHED, build, period_ns, ticks, waits
 from scope_ebpf.recording.reader import Recording
 
 NO_SAMPLE = "[on the CPU, no sample]"
