@@ -26,7 +26,7 @@ POOL = [21, 22]
 LISTENER, READER, OTHER_READER, SQL_READER = 100, 101, 102, 103
 MET, NEW, GREENLET = ContextKind.CONTEXT_MET, ContextKind.CONTEXT_NEW, ContextKind.CONTEXT_GREENLET
 
-Span = dict[str, Any]
+Edge = tuple[str | None, str | None, str | None, str | None]
 
 
 def cast() -> Story:
@@ -41,9 +41,7 @@ def cast() -> Story:
     return story
 
 
-def edges_of(
-    story: Story, path: Path
-) -> dict[str, tuple[str | None, str | None, str | None, str | None]]:
+def edges_of(story: Story, path: Path) -> dict[str, Edge]:
     """For each query that the server made: its request's operation, the edge, evidence and reason."""
     recording = story.record(path)
     spans = recording.spans().collect()
@@ -62,7 +60,7 @@ def edges_of(
     }  # fmt: skip
 
 
-NOBODY = (None, None, None, None)
+NOBODY: Edge = (None, None, None, None)
 
 
 def asked(link: Link, story: Story, name: str, time: int, context: int, **more: Any) -> None:
@@ -120,7 +118,7 @@ def test_a_handler_of_a_connection_takes_turns(tmp_path: Path):
     handlers = [story.context(WEB, 200 + index, 10 * US, parent=LISTENER) for index in range(2)]
     links = [story.link(CLIENT, WEB, 8000) for _ in handlers]
     sql = [story.link(WEB, DATABASE, 5432) for _ in handlers]
-    expected = {}
+    expected: dict[str, Edge] = {}
     for turn in range(3):
         for index, reader in enumerate((READER, OTHER_READER)):
             begin, name = 10 * MS * turn + index * MS, f"{'ab'[index]}{'xyz'[turn]}"
@@ -359,7 +357,7 @@ def test_a_handler_that_was_made_for_its_first_request(tmp_path: Path):
     story = cast()
     link, sql = story.link(CLIENT, WEB, 8000), story.link(WEB, DATABASE, 5432)
     handler = 0
-    expected = {}
+    expected: dict[str, Edge] = {}
     for turn in range(3):
         begin, name = 10 * MS * turn, "abc"[turn]
         story.say(link, http(f"GET /{name}"), begin, by_client=True, other_context=READER)
@@ -512,7 +510,7 @@ class Loop:
 def test_no_edge_is_ever_wrong(random: random.Random):
     loop = Loop(random)
     story = loop.story
-    connections = [
+    connections: list[dict[str, Any]] = [
         {
             "link": story.link(CLIENT, WEB, 8000),
             "reader": loop.make(LISTENER, None),
@@ -558,8 +556,8 @@ def test_no_edge_is_ever_wrong(random: random.Random):
             pool[tid] = (owner, item)
         elif action == "work":
             tid = random.choice(POOL)
-            if pool[tid]:
-                loop.ask(0, pool[tid][0], tid)
+            if taken := pool[tid]:
+                loop.ask(0, taken[0], tid)
         elif one["request"] is None:
             continue
         elif action == "query":
