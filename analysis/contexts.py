@@ -98,11 +98,13 @@ class Lineage:
             known["parent"].to_numpy(),
             known["time_ns"].to_numpy(),
         )
-        # Of one that was met only, nobody knows when and where it was made; a new, empty one may have
-        # been made anywhere if it has no parent.
+        # Of one that was met only, nobody knows when and where it was made. A new, empty one is what from
+        # CPython 3.14 on each thread gets from whoever starts it: a pool's thread, which that request
+        # happened to be the first to need, works for others later.
         kind = pl.col("kind").cast(pl.String)
-        copied = (kind == "copied") | ((kind == "new") & (pl.col("parent") != 0))
-        self._copied = known.select(copied.fill_null(value=False)).to_series().to_numpy()
+        self._copied = (
+            known.select((kind == "copied").fill_null(value=False)).to_series().to_numpy()
+        )
         self._greenlet = known.select((kind == "greenlet").fill_null(value=False)).to_series()
         threads_themselves = (pl.col("context") == 0) | pl.col("context").is_in(
             known.filter(kind == "greenlet")["context"].implode()

@@ -254,7 +254,9 @@ def _traced(
     found = trace(points, owners, lineage, loops)
     parent[asking] = found.request
     late[asking] = found.late
-    evidence[asking] = np.where(found.by_thread, DERIVED, EXACT)
+    # a task that outlives the request that made it may work for others by then
+    doubtful = found.by_thread | (found.late & (found.steps > 0))
+    evidence[asking] = np.where(doubtful, DERIVED, EXACT)
     own = np.where(lineage.is_greenlet(points.context), 4, 0)
     reason[asking] = np.where(found.by_item, 6, np.where(found.steps == 0, own, 5))
 

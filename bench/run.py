@@ -25,6 +25,7 @@ import chains_scale
 import chains_truth
 import first_event
 import python_cost
+import python_truth
 import shop_overhead
 import summary_time
 import sustained
@@ -36,6 +37,7 @@ MEASUREMENTS = {
     for module in (
         call_cost,
         python_cost,
+        python_truth,
         sustained,
         shop_overhead,
         first_event,

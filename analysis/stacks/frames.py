@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from scope_ebpf.analysis.asof import NONE, group_numbers, latest_before
 from scope_ebpf.cpython.lines import line_of
+from scope_ebpf.cpython.shims import INIT_CLEANUP
 from scope_ebpf.recording.reader import Recording
 from scope_ebpf.records import PythonLimits
 
@@ -29,6 +30,8 @@ FRAMES: Final = pl.Schema(
         "truncated": pl.Boolean(),  # of an outermost frame: there are more frames further out
     }
 )
+
+_INIT_CLEANUP: Final = (pl.col("name") == INIT_CLEANUP) & (pl.col("file") == INIT_CLEANUP)
 
 # A table of this length may have been cut, which matters to those up to 3.9 (see line_of).
 _WHOLE_BYTES: Final = (
@@ -85,9 +88,13 @@ def resolve(recording: Recording, wanted: pl.DataFrame | None = None) -> pl.Data
             line=_lines(codes, row, frames["offset"].to_numpy()),
         )
         .join(known, on="row", how="left", maintain_order="left")
+        .filter(~_INIT_CLEANUP.fill_null(value=False))
         .with_columns(
-            function="name", truncated=pl.col("truncated") & (pl.col("depth") == pl.col("last"))
+            function="name",
+            depth=pl.int_range(pl.len()).over("tgid", "stack"),
+            outermost=pl.col("depth") == pl.col("last"),
         )
+        .with_columns(truncated=pl.col("truncated") & pl.col("outermost"))
         .select(pl.col(name).cast(dtype) for name, dtype in FRAMES.items())
         .sort("tgid", "stack", "depth")
     )

@@ -14,6 +14,7 @@ from functools import cached_property
 
 from scope_ebpf.cpython.lines import line_of
 from scope_ebpf.cpython.offsets import CODE_TAG, NO_SHIM
+from scope_ebpf.cpython.shims import is_init_cleanup
 from scope_ebpf.loaders.python.objects import Objects, Unreadable
 
 _MOST_FRAMES = 1 << 16
@@ -143,7 +144,10 @@ class Frames:
         return self.describe(self._place(address, data))
 
     def _described(self, walked: _Walked, torn: bool) -> Stack:
-        return Stack([self.describe(place) for place in walked.places], torn, walked.cut)
+        frames = [self.describe(place) for place in walked.places]
+        return Stack(
+            [each for each in frames if not is_init_cleanup(each.name, each.file)], torn, walked.cut
+        )
 
     def _innermost(self, thread: int) -> int:
         frame = self._objects.word(thread + self._layout.tstate_frame)

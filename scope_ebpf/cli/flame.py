@@ -147,8 +147,8 @@ def _profile(
     opened: Recording, view: str, request: str | None, service: str | None, tgid: int | None,
     *, lines: bool, by_thread: bool,
 ) -> Profile:  # fmt: skip
-    from scope_ebpf.analysis.stacks import whole as analysis
     from scope_ebpf.analysis.names import processes_of
+    from scope_ebpf.analysis.stacks import whole as analysis
 
     if request is not None:
         return _of_request(opened, request, lines=lines, by_thread=by_thread)

@@ -24,6 +24,7 @@ COMMANDS = {
     "services": "Show who talks to whom, how often and how slowly.",
     "flame": "Draw where time went, by Python stack, as a flame graph.",
     "threads": "Show where the time of each thread went.",
+    "tasks": "Show the tree of asyncio tasks, trio tasks and greenlets.",
     "events": "Show the rows of a recording's table.",
     "export": "Write spans for OpenTelemetry or Perfetto.",
     "stack": "Show where the threads and tasks of a live Python process stand right now.",

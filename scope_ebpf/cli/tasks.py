@@ -100,7 +100,7 @@ def task_lines(
     """One line for each task, and one for those that are not shown; about as wide as `width`."""
     from rich.text import Text
 
-    from scope_ebpf.cli.tree import _branch, _branches
+    from scope_ebpf.cli.tree import branches_of, shortened
 
     rows = _in_tree_order(found, everything=everything)
     shown = rows if everything else rows[:MOST_LINES]
@@ -119,9 +119,9 @@ def task_lines(
             del cells[name], widths[name]
     room = width - sum(size + len(GAP) for size in widths.values())
     room = max(min(room, MAX_LABEL), MIN_LABEL)
-    branches, _ = _branches([row["depth"] for row in shown])
+    branches, _ = branches_of([row["depth"] for row in shown])
     labels = [
-        Text.assemble((_branch(branch, room), "dim"), units.printable(_name(row)))
+        Text.assemble((shortened(branch, room), "dim"), units.printable(_name(row)))
         for branch, row in zip(branches, shown, strict=True)
     ]
     room = min(max(map(len, labels)), room)

@@ -45,7 +45,7 @@ def tree_lines(spans: Sequence[Span], width: int) -> Iterator[Text]:
 
     wide = width >= WIDE
     shown = {span["span_id"]: span for span in spans}
-    branches, below = _branches([span["depth"] for span in spans])
+    branches, below = branches_of([span["depth"] for span in spans])
     # what broke may have done so long before
     working = [span for span in spans if span["kind"] != "fault"] or spans
     begin_ns = min(span["start_ns"] for span in working)
@@ -65,7 +65,7 @@ def tree_lines(spans: Sequence[Span], width: int) -> Iterator[Text]:
     room = width - sum(size + len(GAP) for size in widths.values())
     room = max(min(room, MAX_LABEL), MIN_LABEL)
     labels = [
-        _label(span, _branch(branch, room), above)
+        _label(span, shortened(branch, room), above)
         for span, branch, above in zip(spans, branches, [None, *spans], strict=False)
     ]
     room = min(max(map(len, labels)), room)
@@ -85,7 +85,7 @@ def tree_lines(spans: Sequence[Span], width: int) -> Iterator[Text]:
             line.append(cell.rjust(size) if right else cell.ljust(size), _style(name, span))
         line.rstrip()
         yield line
-        under = _branch(below[index], room)
+        under = shortened(below[index], room)
         for note, style in _notes(span, shown):
             for part in textwrap.wrap(note, max(width - len(under), MIN_LABEL)):
                 yield Text.assemble((under, "dim"), (part, style))
@@ -95,10 +95,10 @@ def _end_ns(span: Span) -> int:
     return int(span["start_ns"]) + (span["duration_ns"] or 0)
 
 
-def _branches(depths: Sequence[int]) -> tuple[list[str], list[str]]:
+def branches_of(depths: Sequence[int]) -> tuple[list[str], list[str]]:
     """The lines that connect each span with its parent, and what goes on below it.
 
-    >>> _branches([0, 1, 2, 1])
+    >>> branches_of([0, 1, 2, 1])
     (['', '├ ', '│ └ ', '└ '], ['│ ', '│ │ ', '│     ', '    '])
     """
     branches: list[str] = []
@@ -115,7 +115,7 @@ def _branches(depths: Sequence[int]) -> tuple[list[str], list[str]]:
     return branches[::-1], below[::-1]
 
 
-def _branch(branch: str, room: int) -> str:
+def shortened(branch: str, room: int) -> str:
     """The lines of a very deep tree, cut at their begin so that something else fits."""
     most = room // 2
     return branch if len(branch) <= most else "…" + branch[len(branch) - most + 1 :]

@@ -8,7 +8,6 @@ frames that both have, and any part of what is left and entered. Nothing is tole
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from scope_ebpf.cpython.lines import line_of
+from scope_ebpf.analysis.stacks.frames import resolve
 from scope_ebpf.recording.reader import Recording
 
 ENTRIES = 1 << 22  # as in self_stack.py
@@ -54,28 +53,15 @@ class Stack(NamedTuple):
 
 
 def read_stacks(recording: Recording) -> dict[tuple[int, int], Stack]:
-    """The stacks of a recording by (tgid, stack); of a code object the latest row before it counts."""
-    codes: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for row in recording.collect(recording.table("codes").sort("time_ns")).iter_rows(named=True):
-        codes.setdefault((row["tgid"], row["code"]), []).append(row)
-    found = {}
-    for row in recording.collect(recording.table("stacks").sort("time_ns")).iter_rows(named=True):
-        frames = []
-        for code, offset in zip(row["codes"], row["offsets"], strict=True):
-            known = codes.get((row["tgid"], code), [])
-            place = bisect_right(known, row["time_ns"], key=lambda each: each["time_ns"])
-            frames.append(_frame(known[place - 1] if place else None, offset))
-        found[row["tgid"], row["stack"]] = Stack(tuple(reversed(frames)), row["truncated"])
-    return found
-
-
-def _frame(code: dict[str, Any] | None, offset: int) -> Frame:
-    if code is None:
-        return Frame(None, None, None, None)
-    line = line_of(
-        offset, code["first_line"], code["lines"], code["version"], code["first_instruction"]
-    )
-    return Frame(code["name"], code["file"], code["first_line"], line)
+    """The stacks of a recording by (tgid, stack), as analysis resolves them."""
+    frames: dict[tuple[int, int], list[Frame]] = {}
+    truncated: dict[tuple[int, int], bool] = {}
+    for row in resolve(recording).iter_rows(named=True):  # the innermost frame is the first
+        key = (row["tgid"], row["stack"])
+        frame = Frame(row["function"], row["file"], row["first_line"], row["line"])
+        frames.setdefault(key, []).insert(0, frame)
+        truncated[key] = row["truncated"]
+    return {key: Stack(tuple(found), truncated[key]) for key, found in frames.items()}
 
 
 def samples_of(recording: Recording, tgid: int) -> list[dict[str, Any]]:

@@ -297,8 +297,8 @@ def test_work_after_the_response_was_triggered_by_the_request(tmp_path: Path):
         asked(sql[index], story, "abc"[index], 5 * MS + index * US, context)
     edges = edges_of(story, tmp_path / "a.scope")
     assert edges["SELECT a"] == ("GET /a", "triggered_by", "exact", "same task")
-    assert edges["SELECT b"] == ("GET /a", "triggered_by", "exact", "child task")
-    assert edges["SELECT c"] == ("GET /a", "triggered_by", "exact", "child task")
+    assert edges["SELECT b"] == ("GET /a", "triggered_by", "derived", "child task")
+    assert edges["SELECT c"] == ("GET /a", "triggered_by", "derived", "child task")
 
 
 def test_greenlets_are_told_apart(tmp_path: Path):
@@ -578,5 +578,6 @@ def test_no_edge_is_ever_wrong(random: random.Random):
     assert edges.keys() == loop.truth.keys()
     for name, (found, edge, evidence, _) in edges.items():
         assert found in (None, loop.truth[name]), (name, found, loop.truth[name])
-        assert evidence in (None, "exact")
+        # what a child task does after the response may be for others by then
+        assert evidence in (None, "exact") or (edge, evidence) == ("triggered_by", "derived")
         assert edge in (None, "calls", "triggered_by")

@@ -1,10 +1,13 @@
 """Does 23 of the thing that each line of its input names; runs in any CPython from 3.8 on."""
 
+from __future__ import annotations
+
 import asyncio
 import collections
 import contextvars
 import queue
 import sys
+from typing import Any
 
 TIMES = 23
 
@@ -14,10 +17,10 @@ async def nothing():
 
 
 loop = asyncio.new_event_loop()
-kept = []
-contexts = []
-waiting = queue.SimpleQueue()
-line = collections.deque()
+kept: list[Any] = []
+contexts: list[contextvars.Context] = []
+waiting: queue.SimpleQueue[object] = queue.SimpleQueue()
+line: collections.deque[object] = collections.deque()
 items = [object() for _ in range(TIMES)]
 
 

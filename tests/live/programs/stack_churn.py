@@ -1,7 +1,10 @@
 """Threads, tasks, code objects and frames that come and go all the time."""
 
+from __future__ import annotations
+
 import asyncio
 import threading
+from typing import Any
 
 
 def walk(depth):
@@ -9,9 +12,9 @@ def walk(depth):
 
 
 def threads():
-    made = {}
+    made: dict[str, str] = {}
     while True:
-        scope = {}
+        scope: dict[str, Any] = {}
         exec(compile("def fresh(f):\n\n    return f(9)", "fresh.py", "exec"), scope)  # noqa: S102 - of this file
         thread = threading.Thread(target=scope["fresh"], args=(walk,))
         thread.start()

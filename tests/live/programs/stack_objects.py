@@ -1,8 +1,11 @@
 """Makes objects of every layout, and tells where each is and what it holds, as one line of JSON."""
 
+from __future__ import annotations
+
 import json
 import sys
 import weakref
+from typing import Any
 
 
 class Plain:
@@ -65,7 +68,7 @@ dicts = {
     "module": {"a": 1, "\xe9": 2},
 }
 reference = weakref.ref(plain)
-held = {}
+held: dict[str, Any] = {}
 note = {
     "values": [
         [
@@ -83,7 +86,7 @@ note = {
         [id(plain), "first", id(plain.first)],
         [id(plain), "second", id(plain.second)],
         [id(plain), "third", None],
-        [id(grown), "extra39", id(grown.extra39)],
+        [id(grown), "extra39", id(vars(grown)["extra39"])],
         [id(deleted), "first", id(deleted.first)],
         [id(deleted), "second", None],
     ],

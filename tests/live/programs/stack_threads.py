@@ -1,5 +1,7 @@
 """Blocks threads in all kinds of frames, and tells what each one's stack is, by sys._getframe()."""
 
+from __future__ import annotations
+
 import json
 import os
 import socket
@@ -7,9 +9,10 @@ import subprocess
 import sys
 import threading
 import time
+from types import FrameType
 
 DEPTH = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
-stacks = {}
+stacks: dict[str, list[list[object]]] = {}
 recorded = threading.Semaphore(0)
 never = threading.Lock()
 never.acquire()
@@ -25,7 +28,8 @@ child = subprocess.Popen([sys.executable, "-c", "import os; os.read(0, 1)"], std
 
 def here():
     """Remembers the stack of the caller, whose next step in the same line is to block."""
-    frames, frame = [], sys._getframe(1)
+    frames: list[list[object]] = []
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         name = getattr(code, "co_qualname", code.co_name)
@@ -86,7 +90,7 @@ def deep(count):
 # fmt: on
 def in_sort():
     """A frame that C calls."""
-    sorted([2, 1], key=lambda number: listener._accept(*[][: here() - 1]))
+    sorted([2, 1], key=lambda number: listener._accept(*[][: here() - 1]))  # type: ignore[attr-defined]
 
 
 def in_child():
@@ -115,7 +119,7 @@ class Threaded(threading.Thread):
     """A thread with a name that is no identifier."""
 
     def run(self):
-        self._target()
+        self._target()  # type: ignore[attr-defined]
 
 
 for name, target in [
