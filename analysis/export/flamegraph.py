@@ -101,6 +101,8 @@ def _weights(root: Node) -> list[int]:
 
 def _beginning(profile: Profile, root: Node, height: int, left_out: str) -> str:
     what = f"{duration(root.weight_ns)}, {root.samples:,} samples or intervals"
+    if profile.remark:
+        what += f"; {profile.remark}"
     if left_out:
         what += f"; {left_out}"
     return (

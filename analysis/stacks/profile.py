@@ -96,6 +96,7 @@ class Profile:
       many samples or intervals are in it. No path comes twice
     - `by_line`: frames of a function that stood at different lines are different
     - `notes`: sentences about what is missing; `empty`: why there is nothing at all
+    - `remark`: how the weights are to be read, shown with the picture; None: nothing special
     """
 
     title: str
@@ -104,6 +105,7 @@ class Profile:
     by_line: bool = False
     notes: tuple[str, ...] = ()
     empty: str | None = None
+    remark: str | None = None
 
     @property
     def total_ns(self) -> int:

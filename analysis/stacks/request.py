@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from typing import Final, TypeAlias
 
 import numpy as np
 import polars as pl
 
 from scope_ebpf.analysis.chain import request_tree
+from scope_ebpf.analysis.contexts import read_lineage
 from scope_ebpf.analysis.names import THREAD
 from scope_ebpf.analysis.nesting import Flows, read_loops, works_alone
 from scope_ebpf.analysis.schema import span_text
+from scope_ebpf.analysis.stacks.loops import LOOP, PARTED, divide, done_for, find_calls
 from scope_ebpf.analysis.stacks.missing import why_no_stacks
-from scope_ebpf.analysis.stacks.profile import Profile
-from scope_ebpf.analysis.stacks.whole import WEIGHED, build, period_ns, ticks, waits
+from scope_ebpf.analysis.stacks.profile import Frame, Profile, added
+from scope_ebpf.analysis.stacks.whole import build, period_ns, ticks, waits
 from scope_ebpf.recording.reader import Recording
 
-NO_SAMPLE = "[on the CPU, no sample]"
+NO_SAMPLE: Final = "[on the CPU, no sample]"
+UNDIVIDED: Final = "[not divided: its thread served others, too]"
+AT_ONCE: Final = "what went on at the same time shares that time"
+
+Weighed: TypeAlias = tuple[tuple[int, ...], int, int]
+"""A path of numbers of frames, its weight, and its samples."""
 
 
 def of_request(
@@ -28,10 +36,15 @@ def of_request(
     Outside are the service and the operation of each span of a server or worker. If a thread had
     nothing else to do then, all that it did is the span's, and the weights add up to the span's
     duration: the time off the CPU as `off_cpu` divides it, the rest in equal parts for each
-    tick of the sampling clock. In an event loop, what was done in the span's logical context and in
-    those that were made from it meanwhile is the span's, in whatever thread; ticks weigh a period
-    there, and what a thread of a pool did for it without a copy of its context is left out. Of a thread
-    that worked on several things without contexts, nothing is known.
+    tick of the sampling clock.
+
+    In an event loop, it is what was done in the span's logical context and in those that were made from
+    it meanwhile, in whatever thread, and by threads of pools for it; and its calls: the stack that sent
+    it, and until its response `[waits for …]`, with the span of the server that answered inside. This
+    adds up to the span's duration, too: see `loops.divide`; calls that went on after it are left out.
+
+    Of a thread that worked on several things without contexts only the span's calls are known, and
+    all else is one frame.
 
     Raises `UsageError` if there is no such span.
     """
@@ -42,20 +55,202 @@ def of_request(
         filter(None, ["request", span_text(span_id), first["service"], first["operation"]])
     )
     handled = _handled(members)
-    alone = _alone(recording, _handled(spans))
-    known = handled.join(alone, on="span_id", how="semi")
-    weighed, notes = _weighed(recording, known)
-    profile = build(recording, weighed.lazy(), title, by_line=by_line, by_thread=by_thread)
-    others = handled.height - known.height
-    if others:
+    loops = read_loops(recording)
+    everything = _handled(spans)
+    lone, contextual = _ways(recording, everything, loops)
+    threads, tasks = (handled.join(ids, on="span_id", how="semi") for ids in (lone, contextual))
+    notes: list[str] = []
+    parts = [_of_threads(recording, _times(threads), notes)]
+    looped, calls, remark = _of_loops(
+        recording, members, handled, threads, tasks, everything, loops
+    )
+    parts.append(looped)
+    weighed = pl.concat(parts).with_columns(
+        # told apart until they are put into each other
+        group=pl.col("span_id").cast(pl.String),
+        innermost=pl.coalesce(pl.col("call_id").cast(pl.String), "innermost"),
+        innermost_kind=pl.when(pl.col("call_id").is_not_null())
+        .then(pl.lit("wait"))
+        .otherwise("innermost_kind"),
+    )
+    flat = build(recording, weighed.lazy(), title, by_line=by_line, by_thread=by_thread)
+    undivided = handled.join(pl.concat([threads, tasks]), on="span_id", how="anti")
+    profile = _nested(flat, handled, set(undivided["span_id"]), members, calls)
+    if span_id in set(undivided["span_id"]):
         notes.append(
-            f"{others} of {handled.height} spans are left out: their threads worked on other "
-            "requests at the same time, in no logical context that was recorded"
+            "its thread worked on other requests at the same time, in no logical context that was "
+            "recorded: what it did for this one is not known, only what it called"
         )
-    profile = replace(profile, notes=tuple(notes))
+    profile = replace(profile, notes=tuple(notes), remark=remark)
     if not profile.stacks:
-        profile = replace(profile, empty=_why_empty(recording, handled, known))
+        profile = replace(profile, empty=_why_empty(recording, handled))
     return profile
+
+
+def _ways(
+    recording: Recording, handled: pl.DataFrame, loops: pl.DataFrame | None
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """`span_id` of those whose thread worked on nothing else, and of those whose context did."""
+    lineage = read_lineage(recording)
+    context = handled["context"].to_numpy()
+    thread_itself = context == 0
+    if lineage is not None:
+        # a thread's own stack may be a greenlet, and one that never switched is a thread
+        thread_itself = lineage.is_stack(context)
+    as_threads = _flows(handled, np.where(thread_itself, np.uint64(0), context))
+    lone = works_alone(as_threads, loops) & thread_itself
+    own = works_alone(_flows(handled, context), loops) & (context != 0) & ~lone
+    ids = handled.select("span_id")
+    return ids.filter(pl.Series(lone, dtype=pl.Boolean)), ids.filter(
+        pl.Series(own, dtype=pl.Boolean)
+    )
+
+
+def _flows(handled: pl.DataFrame, context: np.ndarray) -> Flows:
+    start_ns = handled["start_ns"].to_numpy()
+    return Flows(
+        tgid=handled["tgid"].to_numpy(),
+        tid=handled["tid"].to_numpy(),
+        context=context,
+        begun_ns=start_ns,
+        start_ns=start_ns,
+        end_ns=start_ns + handled["duration_ns"].to_numpy(),
+        line=np.zeros(len(handled), np.int64),
+    )
+
+
+def _times(spans: pl.DataFrame) -> pl.DataFrame:
+    return spans.select(
+        *THREAD,
+        "span_id",
+        from_ns="start_ns",
+        to_ns=pl.col("start_ns") + pl.col("duration_ns"),
+    )
+
+
+def _seen(recording: Recording, times: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Ticks, and waits, of the processes of some spans while the first to the last of them went on."""
+    tgids = times["tgid"].unique().to_list()
+    within = pl.col("time_ns") < times["to_ns"].max()
+    since = times["from_ns"].min()
+    ran = recording.collect(ticks(recording, tgids).filter(within & (pl.col("time_ns") >= since)))
+    waited = recording.collect(waits(recording, tgids).filter(within & (pl.col("upto_ns") > since)))
+    return ran, waited
+
+
+def _of_threads(recording: Recording, times: pl.DataFrame, notes: list[str]) -> pl.DataFrame:
+    """What the threads of spans did: rows PARTED."""
+    if times.is_empty():
+        return pl.DataFrame(schema=PARTED)
+    ran, waited = _seen(recording, times)
+    inside = (pl.col("time_ns") >= pl.col("from_ns")) & (pl.col("time_ns") < pl.col("to_ns"))
+    on_cpu = ran.with_row_index("tick").join(times, on=THREAD).filter(inside)
+    # of spans within each other, what was done is the inner one's
+    on_cpu = on_cpu.sort("from_ns").unique("tick", keep="last", maintain_order=True)
+    off_cpu = waited.join(times, on=THREAD).with_columns(
+        weight_ns=pl.min_horizontal("upto_ns", "to_ns") - pl.max_horizontal("time_ns", "from_ns")
+    )
+    off_cpu = off_cpu.filter(pl.col("weight_ns") > 0)
+    if "offcpu" in recording.meta.families:
+        on_cpu = _divided(times, on_cpu, off_cpu)
+    else:
+        notes.append("off-CPU time was not recorded: only waits with a stack are here")
+    parted = [
+        rows.with_columns(call_id=pl.lit(None, pl.UInt64)).select(PARTED.names()).cast(PARTED)
+        for rows in (on_cpu, off_cpu)
+    ]
+    return pl.concat(parted)
+
+
+def _of_loops(
+    recording: Recording, members: pl.DataFrame, handled: pl.DataFrame, threads: pl.DataFrame,
+    tasks: pl.DataFrame, everything: pl.DataFrame, loops: pl.DataFrame | None,
+) -> tuple[pl.DataFrame, pl.DataFrame, str | None]:  # fmt: skip
+    """What was done and called in spans of event loops: rows PARTED, the calls, and a remark."""
+    spans = handled.join(threads, on="span_id", how="anti")
+    calls = find_calls(recording, members, spans)
+    if spans.is_empty():
+        return pl.DataFrame(schema=PARTED), calls, None
+    no_row = pl.DataFrame(schema={**PARTED, "context": pl.UInt64, "time_ns": pl.Int64})
+    ran, waited = no_row, no_row
+    lineage = read_lineage(recording)
+    if len(tasks) and lineage is not None:
+        requests = everything.filter(pl.col("tgid").is_in(tasks["tgid"].unique().implode()))
+        flows = _flows(requests, requests["context"].to_numpy())
+        wanted = tasks.select("span_id")
+        ran, waited = (
+            done_for(recording, done, flows, requests["span_id"], lineage, loops).join(
+                wanted, on="span_id", how="semi"
+            )
+            for done in _seen(recording, _times(tasks))
+        )
+    known = pl.col("span_id").is_in(tasks["span_id"].implode())
+    times = _times(spans).with_columns(
+        rest=pl.when(known).then(pl.lit(LOOP)).otherwise(pl.lit(UNDIVIDED))
+    )
+    parts, at_once = divide(recording, times, calls, ran, waited)
+    return parts, calls, AT_ONCE if at_once else None
+
+
+def _nested(
+    flat: Profile, handled: pl.DataFrame, undivided: set[int], members: pl.DataFrame,
+    calls: pl.DataFrame,
+) -> Profile:  # fmt: skip
+    """Spans in the calls that they answered, if these are drawn: else they stand by themselves.
+
+    `flat`: outermost is the span_id of the span, innermost perhaps the call_id of its call. What was
+    done in an answer has that share of the call's weight that it had of its duration.
+    """
+    frames: dict[Frame, int] = {}
+    numbers = [frames.setdefault(frame, len(frames)) for frame in flat.frames]
+    called = dict(calls.select("call_id", pl.col("upto_ns") - pl.col("time_ns")).iter_rows())
+    answers: dict[int, list[int]] = defaultdict(list)
+    for span_id, parent_id, kind in members.select("span_id", "parent_id", "kind").iter_rows():
+        if parent_id in called and kind == "server":
+            answers[parent_id].append(span_id)
+    of_span: dict[int, list[tuple[tuple[int, ...], int | None, int, int]]] = defaultdict(list)
+    for (outer, *path), (weight, samples) in flat.stacks.items():
+        span_id, call_id = int(flat.frames[outer].name), None
+        last = flat.frames[path[-1]]
+        if last.kind == "wait" and last.name.isdecimal():
+            call_id = int(last.name)
+            path.pop()
+        of_span[span_id].append((tuple(numbers[n] for n in path), call_id, weight, samples))
+    labels = {}
+    for span_id, service, what in handled.select(
+        "span_id", "service", pl.coalesce("operation", "protocol", pl.col("kind").cast(pl.String))
+    ).iter_rows():
+        label = f"{service or '?'} {what}"
+        if span_id in undivided:
+            label += f" {UNDIVIDED}"
+        labels[span_id] = frames.setdefault(Frame(label, "group"), len(frames))
+    unknown = frames.get(Frame(UNDIVIDED, "note"))
+
+    def drawn(span_id: int) -> list[Weighed]:
+        found: list[Weighed] = []
+        for path, call_id, weight, samples in of_span[span_id]:
+            # its own frame says it
+            whole = (labels[span_id], *(() if path[-1] == unknown else path))
+            own = weight
+            for answer in answers.get(call_id, []) if call_id is not None else []:
+                inside = drawn(answer)
+                of = max(called[call_id], sum(part for _, part, _ in inside))
+                for below, part, count in inside:
+                    share = min(part * weight // of, own)
+                    own -= share
+                    found.append(((*whole, *below), share, count))
+            found.append((whole, own, samples))
+        return found
+
+    inner = {answer for several in answers.values() for answer in several}
+    tops = [span_id for span_id in handled["span_id"] if span_id not in inner]
+    stacks = added(
+        (path, weight, samples)
+        for top in tops
+        for path, weight, samples in drawn(top)
+        if weight > 0
+    )
+    return replace(flat, frames=list(frames), stacks=stacks)
 
 
 def _handled(spans: pl.DataFrame) -> pl.DataFrame:
@@ -65,64 +260,6 @@ def _handled(spans: pl.DataFrame) -> pl.DataFrame:
         & (pl.col("duration_ns") > 0)
         & pl.col("tid").is_not_null()
     )
-
-
-def _alone(recording: Recording, handled: pl.DataFrame) -> pl.DataFrame:
-    """Those whose flow worked on nothing else."""
-    start_ns = handled["start_ns"].to_numpy()
-    flows = Flows(
-        tgid=handled["tgid"].to_numpy(),
-        tid=handled["tid"].to_numpy(),
-        context=handled["context"].to_numpy(),
-        begun_ns=start_ns,
-        start_ns=start_ns,
-        end_ns=start_ns + handled["duration_ns"].to_numpy(),
-        line=np.zeros(len(handled), np.int64),
-    )
-    return handled.filter(pl.Series(works_alone(flows, read_loops(recording)), dtype=pl.Boolean))
-
-
-def _weighed(recording: Recording, spans: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
-    """What was done in spans: rows of WEIGHED, and what is to be known about them."""
-    notes: list[str] = []
-    if spans.is_empty():
-        return pl.DataFrame(schema=WEIGHED), notes
-    times = spans.select(
-        *THREAD,
-        "context",
-        "span_id",
-        label=pl.concat_str(
-            [pl.col("service").fill_null("?"), pl.coalesce("operation", "protocol", "kind")],
-            separator=" ",
-        ),
-        from_ns="start_ns",
-        to_ns=pl.col("start_ns") + pl.col("duration_ns"),
-    )
-    sequential = times.filter(pl.col("context") == 0).drop("context")
-    contextual = _with_descendants(recording, times.filter(pl.col("context") != 0)).drop("tid")
-    tgids = times["tgid"].unique().to_list()
-    within = pl.col("time_ns") < times["to_ns"].max()
-    since = times["from_ns"].min()
-    ran = recording.collect(ticks(recording, tgids).filter(within & (pl.col("time_ns") >= since)))
-    waited = recording.collect(waits(recording, tgids).filter(within & (pl.col("upto_ns") > since)))
-    parts = []
-    for rows, keys in ((sequential, THREAD), (contextual, ["tgid", "context"])):
-        inside = (pl.col("time_ns") >= pl.col("from_ns")) & (pl.col("time_ns") < pl.col("to_ns"))
-        on_cpu = ran.with_row_index("tick").join(rows, on=keys).filter(inside)
-        # of spans within each other, what was done is the inner one's
-        on_cpu = on_cpu.sort("from_ns").unique("tick", keep="last", maintain_order=True)
-        off_cpu = waited.join(rows, on=keys).with_columns(
-            weight_ns=pl.min_horizontal("upto_ns", "to_ns")
-            - pl.max_horizontal("time_ns", "from_ns")
-        )
-        off_cpu = off_cpu.filter(pl.col("weight_ns") > 0)
-        if keys == THREAD and "offcpu" in recording.meta.families:
-            on_cpu = _divided(rows, on_cpu, off_cpu)
-        columns = [pl.col("label").alias(name) if name == "group" else name for name in WEIGHED]
-        parts += [on_cpu.select(columns).cast(WEIGHED), off_cpu.select(columns).cast(WEIGHED)]
-    if "offcpu" not in recording.meta.families:
-        notes.append("off-CPU time was not recorded: only waits with a stack are here")
-    return pl.concat(parts), notes
 
 
 def _divided(spans: pl.DataFrame, on_cpu: pl.DataFrame, off_cpu: pl.DataFrame) -> pl.DataFrame:
@@ -145,7 +282,7 @@ def _divided(spans: pl.DataFrame, on_cpu: pl.DataFrame, off_cpu: pl.DataFrame) -
     )
     unseen = cpu.filter(pl.col("count").is_null()).select(
         *THREAD,
-        "label",
+        "span_id",
         group=pl.lit(None, pl.String),
         stack=pl.lit(None, pl.UInt64),
         instead=pl.lit(NO_SAMPLE),
@@ -158,48 +295,12 @@ def _divided(spans: pl.DataFrame, on_cpu: pl.DataFrame, off_cpu: pl.DataFrame) -
     return pl.concat([shares.select(unseen.columns), unseen])
 
 
-def _with_descendants(recording: Recording, spans: pl.DataFrame) -> pl.DataFrame:
-    """One row per span and logical context of it: its own, and those made from it meanwhile."""
-    if spans.is_empty():
-        return spans
-    made = recording.collect(
-        recording.contexts.filter(pl.col("tgid").is_in(spans["tgid"].unique().to_list()))
-        .filter(pl.col("time_ns").is_between(spans["from_ns"].min(), spans["to_ns"].max()))
-        .select("parent", "context", "time_ns")
-    )
-    children: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for parent, context, time_ns in made.iter_rows():
-        children[parent].append((context, time_ns))
-    own = spans["context"].to_list()
-    rows, contexts = [], []
-    for row, (context, from_ns, to_ns) in enumerate(
-        zip(own, spans["from_ns"], spans["to_ns"], strict=True)
-    ):
-        # a context that handles a request of its own is not this one's
-        seen = {*own} - {context}
-        waiting = [context]
-        while waiting:
-            at = waiting.pop()
-            if at in seen:
-                continue
-            seen.add(at)
-            rows.append(row)
-            contexts.append(at)
-            waiting += [child for child, time_ns in children[at] if from_ns <= time_ns < to_ns]
-    return spans[rows].with_columns(context=pl.Series(contexts, dtype=pl.UInt64))
-
-
-def _why_empty(recording: Recording, handled: pl.DataFrame, known: pl.DataFrame) -> str:
+def _why_empty(recording: Recording, handled: pl.DataFrame) -> str:
     if handled.is_empty():
         return "no process that was recorded handled it: all that is known is how long it took"
-    if known.is_empty():
-        return (
-            "the threads that handled it worked on other requests at the same time, and their "
-            "logical contexts were not recorded"
-        )
     if why := why_no_stacks(recording):
         return why
-    longest_us = max(known["duration_ns"].to_list()) / 1000
+    longest_us = max(handled["duration_ns"].to_list()) / 1000
     return (
         f"nothing was sampled in it: it took {longest_us:,.0f} µs at most in one thread, and samples "
         f"are {period_ns(recording) / 1000:,.0f} µs apart"

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from scope_ebpf import records
-from scope_ebpf.cpython.call_offsets import KNOWN, call_offsets
 from scope_ebpf.errors import LoadError, ScopeError, TargetError, UsageError
 from scope_ebpf.loaders.libbpf import BpfObject
 from scope_ebpf.loaders.perf import open_breakpoint
@@ -41,6 +40,9 @@ REGISTERS = 4
 TRIALS = 64
 WORD = 8
 UNKNOWN_NS = 2**64 - 1
+# 3.11.0 gives a frame's references back while it still is the current one (changed in 3.11.1 by
+# https://github.com/python/cpython/issues/99729), so its calls would seem not to end.
+UNWATCHED = frozenset({(3, 11, 0)})
 
 
 @dataclass(frozen=True)
@@ -114,17 +116,16 @@ def _in_process(
         )
     layout = python.layout
     version = ".".join(map(str, layout.version))
-    more = call_offsets(layout.version)
-    if more is None:
+    if layout.version in UNWATCHED:
         raise TargetError(
-            f"cannot watch calls in process {tgid}: for Python {version} it is not known what a call"
-            f" touches; known are {KNOWN}"
+            f"cannot watch calls in process {tgid}: the ends of calls cannot be seen in Python {version};"
+            " use a newer release"
         )
     missing: dict[Spec, ScopeError] = {}
     functions: list[Function] = []
     with ProcessMemory(tgid) as memory:
         modules = memory.u64(python.address + layout.interpreter_modules)
-        space = Namespace(Objects(memory, layout), layout, more, modules)
+        space = Namespace(Objects(memory, layout), layout, modules)
         for spec in specs:
             try:
                 functions.append(space.find(spec))
@@ -155,8 +156,6 @@ def _in_process(
 def _common(space: Namespace, python: Interpreter) -> Any:
     """A CALL_WATCH with what all functions of a process share."""
     layout = python.layout
-    more = call_offsets(layout.version)
-    assert more is not None
     record = np.zeros((), records.CALL_WATCH)
     for field, name in (("none", "None"), *((f"{name}_type", name) for name in _TYPES)):
         record[field] = space.builtin(name)
@@ -165,7 +164,7 @@ def _common(space: Namespace, python: Interpreter) -> Any:
     for field in ("unicode_ascii", "unicode_compact", "bytes_data"):
         record[field] = getattr(layout, field)
     for field in ("frame_blocks", "frame_block_stack", "frame_state"):
-        record[field] = getattr(more, field)
+        record[field] = getattr(layout, field) or 0
     record["frame_locals"] = layout.frame_localsplus
     record["frame_instruction"] = layout.frame_instruction
     flags = 0
@@ -189,8 +188,6 @@ def _watches(
 ) -> list[Watch]:
     """What is watched for a function: its first instruction, and what goes with the end of a call."""
     layout, code = python.layout, function.code
-    more = call_offsets(layout.version)
-    assert more is not None
     if layout.code_instructions is not None:
         first = code + layout.code_instructions
     else:
@@ -199,9 +196,9 @@ def _watches(
 
     frame_words = 0
     if layout.tstate_datastack_top is not None and layout.code_nlocalsplus is not None:
-        # co_framesize; co_stacksize stands behind co_kwonlyargcount
+        # co_framesize
         frame_words = layout.frame_localsplus // WORD + memory.i32(code + layout.code_nlocalsplus)
-        frame_words += memory.i32(code + layout.code_kwonlyargcount + 4)
+        frame_words += memory.i32(code + layout.code_stacksize)
         common["tstate_datastack_top"] = layout.tstate_datastack_top
 
     def watch(address: int, length: int, role: CallWatchRole, *, writes: bool = False) -> Watch:
@@ -218,8 +215,9 @@ def _watches(
     if function.generator:
         return found
     found.append(watch(code, WORD, CallWatchRole.WATCH_END, writes=True))  # ob_refcnt
-    if more.code_first_traceable:
-        found.append(watch(code + more.code_first_traceable, 4, CallWatchRole.WATCH_END))
+    if layout.version[:2] == (3, 11) and layout.code_first_traceable is not None:
+        # read when a frame that an exception left is taken over
+        found.append(watch(code + layout.code_first_traceable, 4, CallWatchRole.WATCH_END))
     elif layout.heap_frames:
         found.append(watch(code + layout.code_lines, WORD, CallWatchRole.WATCH_UNWIND))
     return found

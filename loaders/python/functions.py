@@ -7,16 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from scope_ebpf.cpython.call_offsets import GENERATOR_FLAGS, CallOffsets
-from scope_ebpf.cpython.object_offsets import FLAG_TYPE
+from scope_ebpf.cpython.object_offsets import FLAG_TYPE, GENERATOR_FLAGS
 from scope_ebpf.cpython.offsets import Layout
 from scope_ebpf.errors import TargetError, UsageError
 from scope_ebpf.loaders.python.objects import Objects, Unreadable
 
 SPEC = re.compile(r"(?P<module>\w+(?:\.\w+)*):(?P<path>\w+(?:\.\w+)*)")
 WRAPPERS_AT_MOST = 16
-# staticmethod's sm_callable, classmethod's cm_callable, property's prop_get: first behind the header
-HELD = 16
 BUILTINS = (
     "builtin_function_or_method",
     "method_descriptor",
@@ -81,11 +78,10 @@ def parse_spec(text: str) -> Spec:
 class Namespace:
     """The modules of one process, and what is in them."""
 
-    def __init__(self, objects: Objects, layout: Layout, more: CallOffsets, modules: int) -> None:
+    def __init__(self, objects: Objects, layout: Layout, modules: int) -> None:
         """`modules`: address of the dict sys.modules."""
         self._objects = objects
         self._layout = layout
-        self._more = more
         self._modules = modules
 
     def builtin(self, name: str) -> int:
@@ -134,7 +130,8 @@ class Namespace:
         for _ in range(WRAPPERS_AT_MOST):
             kind = self._objects.type_name(place)
             if kind in ("staticmethod", "classmethod", "property"):
-                place = self._objects.word(place + HELD)
+                # sm_callable, cm_callable and prop_get: first behind the header
+                place = self._objects.word(place + self._layout.object_bytes)
                 continue
             if kind != "function":
                 raise _no_function(spec, kind, is_class=self._is_class(place))
@@ -149,7 +146,7 @@ class Namespace:
 
     def _wrapped(self, function: int) -> int | None:
         """What a decorator's function wraps, as functools.wraps notes it."""
-        attributes = self._objects.word(function + self._more.function_dict)
+        attributes = self._objects.word(function + self._layout.function_dict)
         if not attributes:
             return None
         return dict(self._names(attributes)).get("__wrapped__")

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from scope_ebpf.cpython import object_offsets as known
 from scope_ebpf.cpython.offsets import Layout
 from scope_ebpf.loaders.python.memory import AddressError, ProcessMemory
+from scope_ebpf.loaders.python.states import dict_entries
 
 # Names of types in C are those of attributes, with modules before them.
 _TYPE_NAME = re.compile(rb"[A-Za-z_\x80-\xff<][\w.\x80-\xff<>\[\]]*\Z")
-_MOST_NAME_BYTES = 256
 _MOST_CHARACTERS = 1 << 16
 _MOST_BYTES = 1 << 20
 _MOST_ITEMS = 1 << 21  # words in one read: 16 MiB
@@ -24,11 +24,6 @@ _MOST_DIGITS = 64
 _MOST_BASES = 64
 _DIGIT_BITS = 30
 _KINDS = {1: "latin-1", 2: "utf-16-le", 4: "utf-32-le"}
-# dk_kind: general, unicode, split; a dict of more entries than 2**24 is not read
-_LAST_KIND = 2
-_MOST_LOG_INDEX_BYTES = 26
-# entries of dict keys: hash, key, value; or key and value if all keys are strings (3.11)
-_ENTRY = {True: 24, False: 16}
 
 Value = object
 
@@ -100,12 +95,10 @@ class Objects:
         return self._type_names[kind]
 
     def _c_string(self, address: int) -> bytes:
-        # not beyond the end of the page unless it goes on there
-        size = min(0x1000 - address % 0x1000, _MOST_NAME_BYTES)
-        data = self.bytes_at(address, size)
-        if b"\0" not in data and size < _MOST_NAME_BYTES:
-            data += self.bytes_at(address + size, _MOST_NAME_BYTES - size)
-        return data.partition(b"\0")[0]
+        try:
+            return self._memory.string(address)
+        except AddressError as error:
+            raise Unreadable(str(error)) from error
 
     def flags(self, address: int) -> int:
         """The flags of an object's type; the object's type is checked to be one."""
@@ -222,29 +215,14 @@ class Objects:
         yield from self._pairs(keys, values)
 
     def _pairs(self, keys: int, values: int) -> Iterator[tuple[int, int]]:
-        layout = self.layout
-        general = True
-        if layout.keys_log2_index_bytes is not None and layout.keys_kind is not None:
-            log_bytes = self.number(keys + layout.keys_log2_index_bytes, 1)
-            kind = self.number(keys + layout.keys_kind, 1)
-            if not 0 <= log_bytes <= _MOST_LOG_INDEX_BYTES or not 0 <= kind <= _LAST_KIND:
-                raise Unreadable(f"no dict keys at {keys:#x}")
-            general, index_bytes = kind == layout.keys_kind_general, 1 << log_bytes
-        else:
-            size = self.number(keys + (layout.keys_size or 0))
-            if not 0 < size <= 1 << _MOST_LOG_INDEX_BYTES or size & (size - 1):
-                raise Unreadable(f"no dict keys at {keys:#x}")
-            # an index has as many bytes as it needs (Objects/dictobject.c, dk_get_index)
-            index_bytes = size * (1 if size <= 0xFF else 2 if size <= 0xFFFF else 4)
-        entries = keys + layout.keys_indices + index_bytes
-        count = self.number(keys + layout.keys_entries)
-        if not 0 <= count <= _MOST_ITEMS // 4:
-            raise Unreadable(f"a dict of {count} entries")
-        width = _ENTRY[general] // 8
-        words = self.words(entries, count * width)
-        held = (
-            self.words(values + layout.values_items, count) if values else words[width - 1 :: width]
-        )
+        try:
+            place, count, width = dict_entries(self._memory, self.layout, keys)
+        except AddressError as error:
+            raise Unreadable(str(error)) from error
+        words = self.words(place, count * width)
+        held = words[width - 1 :: width]
+        if values:
+            held = self.words(values + self.layout.values_items, count)
         for key, value in zip(words[width - 2 :: width], held, strict=True):
             if key and value:  # deleted, or an attribute that this instance does not have
                 yield key, value

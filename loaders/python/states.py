@@ -16,6 +16,10 @@ from scope_ebpf.loaders.targets import PROC
 
 THREADS_MAX: Final = 65536
 ATTEMPTS: Final = 10  # threads begin and end while they are read
+# dk_kind is general, unicode or split; a dict whose index has more than 64 MiB is not read
+DICT_KIND_MAX: Final = 2
+DICT_INDEX_LOG_MAX: Final = 26
+DICT_ENTRIES_MAX: Final = 1 << 19
 
 State = tuple[int, int, int]  # address of a thread state, its thread_id, its native_thread_id or 0
 
@@ -103,6 +107,38 @@ def _namespace_pids(status: Path) -> list[int]:
     return [0]
 
 
+def dict_entries(memory: ProcessMemory, layout: Layout, keys: int) -> tuple[int, int, int]:
+    """Where a dict's entries are, how many are used, and of how many words each is.
+
+    The last two words of an entry are key and value; those of one that was deleted are 0.
+
+    Args:
+        keys: address of its PyDictKeysObject.
+
+    Raises:
+        AddressError: there is none.
+        ProcessGoneError: the process ended.
+    """
+    width = 3  # hash, key, value
+    if layout.keys_size is not None:
+        slots = memory.u64(keys + layout.keys_size)
+        whole = slots > 0 and not slots & (slots - 1)
+        # an index has as many bytes as it needs (Objects/dictobject.c, dk_get_index)
+        index_bytes = slots * (1 if slots <= 0xFF else 2 if slots <= 0xFFFF else 4)
+    else:
+        assert layout.keys_log2_index_bytes is not None and layout.keys_kind is not None
+        log_bytes = memory.u8(keys + layout.keys_log2_index_bytes)
+        kind = memory.u8(keys + layout.keys_kind)
+        whole = log_bytes <= DICT_INDEX_LOG_MAX and kind <= DICT_KIND_MAX
+        index_bytes = 1 << log_bytes
+        if kind != layout.keys_kind_general:
+            width = 2
+    count = memory.i64(keys + layout.keys_entries)
+    if not whole or index_bytes > 1 << DICT_INDEX_LOG_MAX or not 0 <= count <= DICT_ENTRIES_MAX:
+        raise AddressError(f"process {memory.tgid} has no keys of a dict at {keys:#x}")
+    return keys + layout.keys_indices + index_bytes, count, width
+
+
 def dict_values(
     memory: ProcessMemory, layout: Layout, address: int, names: tuple[bytes, ...]
 ) -> dict[bytes, int]:
@@ -114,19 +150,8 @@ def dict_values(
     """
     keys = memory.u64(address + layout.dict_keys)
     values = memory.u64(address + layout.dict_values)
-    count = memory.i64(keys + layout.keys_entries)
-    width = 3  # hash, key, value
-    if layout.keys_size is not None:
-        slots = memory.u64(keys + layout.keys_size)
-        index_bytes = slots * (1 if slots <= 0xFF else 2 if slots <= 0xFFFF else 4)
-    else:
-        assert layout.keys_log2_index_bytes is not None and layout.keys_kind is not None
-        index_bytes = 1 << memory.u8(keys + layout.keys_log2_index_bytes)
-        if memory.u8(keys + layout.keys_kind) != layout.keys_kind_general:
-            width = 2
-    if not 0 <= count < 1 << 24 or index_bytes > 1 << 28:
-        raise AddressError(f"process {memory.tgid} has no dict at {address:#x}")
-    data = memory.read(keys + layout.keys_indices + index_bytes, count * width * 8)
+    place, count, width = dict_entries(memory, layout, keys)
+    data = memory.read(place, count * width * 8)
     entries = np.frombuffer(data, "<u8").reshape(count, width)
     found_values = entries[:, width - 1]
     if values:  # a split one

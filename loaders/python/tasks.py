@@ -232,7 +232,8 @@ class Tasks:
                 frames.append(self._frames.at(frame))
                 awaited = self._awaits(address, frame, own)
             elif name in WRAPPERS:
-                awaited = self._objects.word(address + known.WRAPPED)
+                # what it stands for is its first field (_asynciomodule.c, genobject.c)
+                awaited = self._objects.word(address + self._layout.object_bytes)
             else:
                 break
             if not awaited or awaited == address:
@@ -257,11 +258,10 @@ class Tasks:
         if not frame:
             return "ended", 0
         lasti = objects.number(frame + layout.frame_instruction, 4)
-        if layout.version >= (3, 10):
-            number = objects.number(frame + known.FRAME_STATE_3_10, 4)
-            running = number == known.FRAME_EXECUTING_3_10
-        else:
-            running = bool(objects.number(frame + known.FRAME_EXECUTING[layout.version[:2]], 1))
+        # of both kinds one byte is enough
+        number = objects.number(frame + (layout.frame_state or 0), 1)
+        counted = layout.version >= (3, 10)
+        running = number == (known.FRAME_EXECUTING_3_10 if counted else known.FRAME_EXECUTING)
         return "running" if running else "created" if lasti < 0 else "suspended", frame
 
     def _awaits(self, generator: int, frame: int, state: str) -> int:

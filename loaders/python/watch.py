@@ -46,6 +46,9 @@ PROGRAM_OF = {
     "queue_got": ("contexts", "on_got"),
     "code_freed": ("samples", "on_code_freed"),
 }
+# A process that was taken up may load greenlets later: it is looked at again after this, and each time after
+# twice as long, up to the second.
+LATER_SECONDS = (0.5, 64.0)
 # At the beginning and in each round of draining no more time than this goes into looking at processes.
 FIRST_SECONDS = 0.2
 ROUND_SECONDS = 0.02
@@ -87,6 +90,8 @@ class PythonWatch:
         self._used = 0
         # when to look at a process, and until when it may still be starting
         self._due: dict[int, tuple[float, float]] = {}
+        # processes without greenlets: their element, when to look again, and after how long then
+        self._later: dict[int, tuple[int, float, float]] = {}
 
     def attach(self, tgids: Iterable[int], commands: Iterable[Path]) -> list[str]:
         """Attach probes to the interpreters that these processes use or may use.
@@ -122,10 +127,11 @@ class PythonWatch:
         Who changed `interpreters_changed` has to have the running threads looked up again.
         """
         rows: list[dict[str, Any]] = []
-        if not self._due:
+        if not self._due and not self._later:
             return rows
         now = time.monotonic()
         until = now + seconds
+        rows += self._look_again(now, until)
         for tgid, (due, patience) in list(self._due.items()):
             if due > now:
                 continue
@@ -145,11 +151,33 @@ class PythonWatch:
                 rows.append(self._take_up(found))
         return rows
 
+    def _look_again(self, now: float, until: float) -> list[dict[str, Any]]:
+        rows = []
+        for tgid, (element, due, pause) in list(self._later.items()):
+            if due > now:
+                continue
+            if time.monotonic() > until:
+                break
+            del self._later[tgid]
+            try:
+                found = find_interpreter(tgid)
+            except ScopeError:
+                continue
+            if not isinstance(found, Interpreter):
+                continue
+            greenlets = int(found.record["flags"]) & InterpreterFlags.INTERPRETER_GREENLETS
+            if greenlets:
+                self._interpreters[element]["flags"] |= greenlets
+                rows.append(self._row_of(found))
+            else:
+                pause = min(2 * pause, LATER_SECONDS[1])
+                self._later[tgid] = (element, now + pause, pause)
+        return rows
+
     def _take_up(self, found: Interpreter) -> dict[str, Any]:
-        version, flags = ".".join(map(str, found.version)), int(found.record["flags"])
         if self._used + 1 >= PythonLimits.INTERPRETERS:
             reason = f"more than {PythonLimits.INTERPRETERS - 1} interpreters were started"
-            return row(found.tgid, version=version, path=found.path, reason=reason)
+            return row(found.tgid, path=found.path, reason=reason)
         self._used += 1
         self._interpreters[self._used] = found.record
         if has_own_pids(found.tgid):  # its threads' numbers of themselves are not ours
@@ -157,9 +185,16 @@ class PythonWatch:
             self._interpreters[self._used]["thread_tid"] = 0
         self._object.update("pythons", found.tgid, self._used)
         self._changes[0] += 1
+        if not found.greenlets and "contexts" in self._families:
+            pause = LATER_SECONDS[0]
+            self._later[found.tgid] = (self._used, time.monotonic() + pause, pause)
+        return self._row_of(found)
+
+    def _row_of(self, found: Interpreter) -> dict[str, Any]:
+        flags = int(found.record["flags"])
         return row(
             found.tgid,
-            version=version,
+            version=".".join(map(str, found.version)),
             path=found.path,
             stacks=bool(flags & InterpreterFlags.INTERPRETER_STACKS),
             contexts=True,

@@ -1,4 +1,4 @@
-"""What no header of CPython tells of its objects: asyncio's tasks, awaited wrappers, suspended frames.
+"""What offsets_table does not have of objects: flags, suspended frames, and asyncio's tasks.
 
 asyncio's structs are macros in Modules/_asynciomodule.c. The offsets were found by looking for known
 values in a task of each version (3.8.18, 3.9.18, 3.10.13, 3.11.2, 3.11.7, 3.12.1, 3.13.0, 3.14.8, 3.15.0),
@@ -21,15 +21,12 @@ FLAG_STR: Final = 1 << 28
 FLAG_DICT: Final = 1 << 29
 FLAG_TYPE: Final = 1 << 31
 
-# FutureIter, coroutine_wrapper, async_generator_asend, async_generator_athrow: what each stands for is its
-# first field (Modules/_asynciomodule.c, Objects/genobject.c).
-WRAPPED: Final = 16
+# Include/code.h: CO_GENERATOR, CO_COROUTINE, CO_ITERABLE_COROUTINE, CO_ASYNC_GENERATOR
+GENERATOR_FLAGS: Final = 0x20 | 0x80 | 0x100 | 0x200
 
-# f_executing, behind f_iblock in a PyFrameObject of 3.8 and 3.9; f_state of 3.10 (cpython/frameobject.h).
-FRAME_EXECUTING: Final = {(3, 8): 116, (3, 9): 116}
-FRAME_STATE_3_10: Final = 108
-FRAME_SUSPENDED_3_10: Final = -1
+# In frame_state: f_state of 3.10, and f_executing of 3.8 and 3.9 (cpython/frameobject.h).
 FRAME_EXECUTING_3_10: Final = 0
+FRAME_EXECUTING: Final = 1
 
 # How a suspended frame is known to await, where its state does not tell (up to 3.12). Up to 3.10 the next
 # instruction is YIELD_FROM; later it is a RESUME, or a specialised or instrumented one, whose argument says

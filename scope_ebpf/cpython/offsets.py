@@ -112,6 +112,11 @@ class Layout:
         None  # others: pointer behind the last value; NULL while it runs
     )
     frame_generator: int | None = None  # the generator, or NULL
+    frame_blocks: int | None = None  # up to 3.10: int, how many blocks of `try` and such it is in
+    frame_block_stack: int | None = None  # these blocks
+    frame_state: int | None = (
+        None  # up to 3.9: char, 1 while it runs; 3.10: int8, see object_offsets
+    )
     frame_owner: int | None = None  # char: one of owner_…
     owner_thread: int | None = None
     owner_generator: int | None = None
@@ -121,6 +126,8 @@ class Layout:
     code_argcount: int
     code_posonlyargcount: int
     code_kwonlyargcount: int
+    code_stacksize: int
+    code_first_traceable: int | None = None  # int, read when an exception is unwound into a frame
     code_nlocals: int
     code_nlocalsplus: int | None = None
     code_flags: int
@@ -216,6 +223,7 @@ class Layout:
     # functions and methods
     function_code: int
     function_closure: int
+    function_dict: int  # its attributes, or NULL
     cfunction_definition: int  # pointer to a PyMethodDef
     cfunction_self: int
     method_function: int

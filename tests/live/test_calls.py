@@ -11,10 +11,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from scope_ebpf.cpython.call_offsets import call_offsets
 from scope_ebpf.errors import LoadError
 from scope_ebpf.loaders.perf import open_breakpoint
-from scope_ebpf.loaders.python.calls import try_breakpoint
+from scope_ebpf.loaders.python.calls import UNWATCHED, try_breakpoint
 from tests.live.programs.called import COUNT, VALUES
 from tests.live.pythons import Python, pythons
 from tests.live.recording import PROGRAMS, Session, Target, attached, no_losses
@@ -34,7 +33,7 @@ def _breakpoints():
 
 
 # those in which calls can be watched
-KNOWN = [python for python in pythons() if call_offsets(python.version) is not None]
+KNOWN = [python for python in pythons() if python.version not in UNWATCHED]
 
 
 @contextmanager

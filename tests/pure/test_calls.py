@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scope_ebpf import records
-from scope_ebpf.cpython.call_offsets import call_offsets
+from scope_ebpf.cpython.offsets import layout_of
 from scope_ebpf.errors import UsageError
-from scope_ebpf.loaders.python.calls import WatchedProcess, describe_cost
+from scope_ebpf.loaders.python.calls import UNWATCHED, WatchedProcess, describe_cost
 from scope_ebpf.loaders.python.functions import Function, Spec, parse_spec
 from scope_ebpf.protocols.masking import new_key
 from scope_ebpf.recording.calls import arguments, mask_arguments, python_calls_frame
@@ -135,15 +135,14 @@ def test_no_value_is_left(values):
 
 
 def test_versions():
-    assert call_offsets((3, 7, 0)) is None
-    assert call_offsets((4, 11, 1)) is None
-    assert call_offsets((3, 11, 0)) is None
-    # what says how a call ended: exactly one of them
+    """What says how a call ended: a frame's own state, or from 3.11 on what is read of its code."""
     for minor in range(8, 16):
-        offsets = call_offsets((3, minor, 1))
-        assert offsets is not None
-        assert bool(offsets.frame_state) == (minor <= 10)
-        assert bool(offsets.code_first_traceable) == (minor == 11)
+        layout = layout_of((3, minor, 1))
+        in_frame = (layout.frame_state, layout.frame_blocks, layout.frame_block_stack)
+        assert all(in_frame) == (minor <= 10)
+        assert any(in_frame) == (minor <= 10)
+        assert bool(layout.code_first_traceable) == (minor >= 11)
+    assert (3, 11, 0) in UNWATCHED
 
 
 def test_the_cost_is_said():
