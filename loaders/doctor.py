@@ -22,6 +22,7 @@ from scope_ebpf.loaders.capture import (
     check_layout,
 )
 from scope_ebpf.loaders.libbpf import BpfObject, library
+from scope_ebpf.loaders.python.calls import try_breakpoint
 from scope_ebpf.loaders.python.checks import InterpreterReport, report_file, report_process
 from scope_ebpf.loaders.python.files import interpreters_in_path
 from scope_ebpf.loaders.python.interpreters import NotReady, Unsupported
@@ -94,6 +95,7 @@ def examine(*tgids: int) -> list[Check]:
     checks += [
         tell_lockdown(),
         tell_cgroups(),
+        tell_breakpoints(),
         tell_tracefs(),
         tell_settings(),
         tell_statistics(),
@@ -366,6 +368,18 @@ def tell_cgroups() -> Check:
         "not mounted",
         "record --cgroup needs it",
         "run `sudo mount -t cgroup2 none /sys/fs/cgroup`",
+    )
+
+
+def tell_breakpoints() -> Check:
+    """Whether `attach --calls` can watch calls, tried on this process itself."""
+    name = "breakpoints"
+    try:
+        trap_ns = try_breakpoint()
+    except ScopeError as error:
+        return replace(failed(name, error), works=None)
+    return Check(
+        name, None, f"those in hardware work, at {trap_ns / 1000:.1f} us each: for --calls"
     )
 
 

@@ -26,16 +26,21 @@ from scope_ebpf.syscalls import syscall_names
 TIMES = 23
 SLEEP_NS = 500_000
 # What counts as such a sleep: its timer starts before the thread leaves its CPU, which a busy host delays.
-AT_LEAST_NS = SLEEP_NS // 2
-# Writes one byte when it is ready and waits for one; then a call, a message and a sleep, 23 times.
+AT_LEAST_NS = SLEEP_NS // 10
+# Writes one byte when it is ready and waits for one; then a call, a message and a sleep, 23 times. Where the
+# timer was up before the thread had left its CPU it did not sleep, and tries again.
 WORKLOAD = f"""
-import os, time
+import os, resource, time
+def waits():
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 os.write(1, b"r")
 os.read(0, 1)
 for _ in range({TIMES}):
     os.getppid()
     os.write(1, b"x")
-    time.sleep({SLEEP_NS / 1e9})
+    before = waits()
+    while waits() == before:
+        time.sleep({SLEEP_NS / 1e9})
 """
 # The same for TLS, which it talks with itself, without a certificate.
 TLS_WORKLOAD = f"""
@@ -63,7 +68,8 @@ for _ in range({TIMES}):
     client.write(b"x")
     server.read()
 """
-# Contexts that are made, and times at which a thread wants the GIL that another one keeps.
+# Contexts that are made, and times at which a thread wants the GIL that another one keeps. On a busy host
+# that one may not have taken it yet when the first has slept: such a sleep does not count.
 CONTEXT_WORKLOAD = f"""
 import contextvars, os
 os.write(1, b"r")
@@ -75,13 +81,15 @@ GIL_WORKLOAD = f"""
 import os, threading, time
 os.write(1, b"r")
 os.read(0, 1)
-done = []
+done, turns = [], [0]
 def spin():
     while not done:
-        pass
+        turns[0] += 1
 threading.Thread(target=spin).start()
 for _ in range({TIMES}):
-    time.sleep({SLEEP_NS / 1e9})
+    before = turns[0]
+    while turns[0] == before:
+        time.sleep({SLEEP_NS / 1e9})
 done.append(True)
 """
 WORKLOADS = {"tls": TLS_WORKLOAD, "contexts": CONTEXT_WORKLOAD, "gil": GIL_WORKLOAD}

@@ -59,7 +59,11 @@ def find_calls(recording: Recording, members: pl.DataFrame, spans: pl.DataFrame)
     )
     stacks = _stacks_of_calls(recording, calls)
     return calls.join(stacks, on="call_id", how="left", maintain_order="left").select(
-        *(name for name in WEIGHED if name not in _SAID and name != "weight_ns"),
+        "tgid",
+        "tid",
+        "stack",
+        "instead",
+        "inner",
         "span_id",
         "call_id",
         "context",
@@ -70,9 +74,6 @@ def find_calls(recording: Recording, members: pl.DataFrame, spans: pl.DataFrame)
         innermost=pl.lit(None, pl.String),
         innermost_kind=pl.lit(None, pl.String),
     )
-
-
-_SAID: Final = ["inner_kind", "group", "innermost", "innermost_kind"]
 
 
 def _stacks_of_calls(recording: Recording, calls: pl.DataFrame) -> pl.DataFrame:

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from scope_ebpf.analysis.chain import request_tree
-from scope_ebpf.analysis.contexts import read_lineage
+from scope_ebpf.analysis.contexts import Lineage, read_lineage
 from scope_ebpf.analysis.names import THREAD
 from scope_ebpf.analysis.nesting import Flows, read_loops, works_alone
 from scope_ebpf.analysis.schema import span_text
@@ -41,7 +41,8 @@ def of_request(
     In an event loop, it is what was done in the span's logical context and in those that were made from
     it meanwhile, in whatever thread, and by threads of pools for it; and its calls: the stack that sent
     it, and until its response `[waits for …]`, with the span of the server that answered inside. This
-    adds up to the span's duration, too: see `loops.divide`; calls that went on after it are left out.
+    adds up to the span's duration, too: see `loops.divide`. Calls after its end are not in it, and who
+    answered them stands by itself.
 
     Of a thread that worked on several things without contexts only the span's calls are known, and
     all else is one frame.
@@ -57,12 +58,13 @@ def of_request(
     handled = _handled(members)
     loops = read_loops(recording)
     everything = _handled(spans)
-    lone, contextual = _ways(recording, everything, loops)
+    lineage = read_lineage(recording)
+    lone, contextual = _ways(everything, loops, lineage)
     threads, tasks = (handled.join(ids, on="span_id", how="semi") for ids in (lone, contextual))
     notes: list[str] = []
     parts = [_of_threads(recording, _times(threads), notes)]
     looped, calls, remark = _of_loops(
-        recording, members, handled, threads, tasks, everything, loops
+        recording, members, handled, threads, tasks, everything, loops, lineage
     )
     parts.append(looped)
     weighed = pl.concat(parts).with_columns(
@@ -88,10 +90,9 @@ def of_request(
 
 
 def _ways(
-    recording: Recording, handled: pl.DataFrame, loops: pl.DataFrame | None
+    handled: pl.DataFrame, loops: pl.DataFrame | None, lineage: Lineage | None
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """`span_id` of those whose thread worked on nothing else, and of those whose context did."""
-    lineage = read_lineage(recording)
     context = handled["context"].to_numpy()
     thread_itself = context == 0
     if lineage is not None:
@@ -165,6 +166,7 @@ def _of_threads(recording: Recording, times: pl.DataFrame, notes: list[str]) -> 
 def _of_loops(
     recording: Recording, members: pl.DataFrame, handled: pl.DataFrame, threads: pl.DataFrame,
     tasks: pl.DataFrame, everything: pl.DataFrame, loops: pl.DataFrame | None,
+    lineage: Lineage | None,
 ) -> tuple[pl.DataFrame, pl.DataFrame, str | None]:  # fmt: skip
     """What was done and called in spans of event loops: rows PARTED, the calls, and a remark."""
     spans = handled.join(threads, on="span_id", how="anti")
@@ -173,7 +175,6 @@ def _of_loops(
         return pl.DataFrame(schema=PARTED), calls, None
     no_row = pl.DataFrame(schema={**PARTED, "context": pl.UInt64, "time_ns": pl.Int64})
     ran, waited = no_row, no_row
-    lineage = read_lineage(recording)
     if len(tasks) and lineage is not None:
         requests = everything.filter(pl.col("tgid").is_in(tasks["tgid"].unique().implode()))
         flows = _flows(requests, requests["context"].to_numpy())
@@ -242,7 +243,13 @@ def _nested(
             found.append((whole, own, samples))
         return found
 
-    inner = {answer for several in answers.values() for answer in several}
+    drawn_calls = {call_id for parts in of_span.values() for _, call_id, _, _ in parts}
+    inner = {
+        answer
+        for call_id, several in answers.items()
+        if call_id in drawn_calls
+        for answer in several
+    }
     tops = [span_id for span_id in handled["span_id"] if span_id not in inner]
     stacks = added(
         (path, weight, samples)

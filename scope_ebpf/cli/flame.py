@@ -79,7 +79,9 @@ def flame(
     time that was recorded: the call that was waited in is innermost, and waits that are too short for
     a stack are `[shorter waits]`. --gil ends in who held the GIL when the wait was over. --request
     shows what the threads that handled a request did meanwhile, running and waiting, for each
-    service.
+    service. In event loops, it shows what the request's tasks ran, and the stacks that sent its calls,
+    with the time until each response and the server's part in it; that and what is left add up
+    to the request's duration.
     """
     views = {"--oncpu": oncpu, "--offcpu": offcpu, "--gil": gil, "--request": request is not None}
     chosen = [name for name, given in views.items() if given]

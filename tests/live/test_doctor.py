@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from scope_ebpf.errors import LoadError
 from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders.capture import OBJECT, Capture, CaptureOptions
 from scope_ebpf.loaders.doctor import examine, families
 from scope_ebpf.loaders.privileges import NEEDED, NEEDED_TO_LOOK
+from scope_ebpf.loaders.python.calls import try_breakpoint
 
 pytestmark = [
     pytest.mark.live,
@@ -147,6 +150,13 @@ def test_as_root():
     assert code == 0
     assert checks["capabilities"]["works"] is True
     assert "23 of 23" in str(checks["syscalls"]["detail"])
+    told = str(checks["breakpoints"]["detail"])
+    try:
+        try_breakpoint()
+    except LoadError:
+        assert told == "cannot watch calls"
+    else:
+        assert re.search(r"at \d+\.\d us each", told)
 
 
 def test_with_the_needed_capabilities_only():

@@ -147,7 +147,7 @@ def test_threads_that_run_are_read_whole_or_marked(python) -> None:
     seen: Counter[str] = Counter()
     with target(python, "stack_busy") as process:
         lines = (PROGRAMS / "stack_busy.py").read_text().splitlines()
-        time.sleep(0.1)
+        process.wait_until_blocked()  # its first thread does not want the GIL any more
         for _ in range(40):
             look = look_at(process.pid)
             by_name = {thread.name: thread for thread in look.threads}

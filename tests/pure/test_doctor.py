@@ -211,6 +211,21 @@ def test_any_meminfo_is_read_or_refused(text):
         assert doctor.check_memory(text).works is False
 
 
+def test_breakpoints(monkeypatch):
+    monkeypatch.setattr(doctor, "try_breakpoint", lambda: 2345.0)
+    check = doctor.tell_breakpoints()
+    assert (check.works, check.cause, check.fix) == (None, "", "")
+    assert "2.3 us each" in check.detail
+
+    def refuse() -> float:
+        raise LoadError("cannot watch calls: permission denied; run as root")
+
+    monkeypatch.setattr(doctor, "try_breakpoint", refuse)
+    check = doctor.tell_breakpoints()
+    assert (check.works, check.detail) == (None, "cannot watch calls")
+    assert (check.cause, check.fix) == ("permission denied", "run as root")
+
+
 def test_tracefs(tmp_path):
     path = tmp_path / "mounts"
     path.write_text("nodev /sys/kernel/tracing tracefs rw 0 0\n")

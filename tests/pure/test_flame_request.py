@@ -6,8 +6,9 @@ import polars as pl
 import pytest
 
 from scope_ebpf.analysis.stacks.profile import Profile
-from scope_ebpf.analysis.stacks.request import _with_descendants, of_request
+from scope_ebpf.analysis.stacks.request import UNDIVIDED, of_request
 from scope_ebpf.recording.reader import Recording
+from scope_ebpf.records import ContextKind
 from tests.pure.recordings import at
 from tests.pure.stacks import FAMILIES, PERIOD, StackStory
 from tests.pure.stories import MS, US, answer, http, query, selected
@@ -15,7 +16,7 @@ from tests.pure.test_flame import weights
 
 pytestmark = pytest.mark.pure
 
-CLIENT, WEB, DB = 10, 20, 30
+CLIENT, WEB, DB, PROXY = 10, 20, 30, 40
 MAIN, VIEW, TASK = (2**46 + 512 * number for number in range(3))
 TOOK = 100 * MS
 
@@ -102,59 +103,51 @@ def test_a_request_shorter_than_a_period_keeps_its_time(tmp_path):
     assert weights(profile)[f"{CART};[on the CPU, no sample]"] == took
 
 
-def concurrent(*, contexts: bool) -> StackStory:
-    """An event loop that handles two requests at once."""
+def test_of_a_thread_that_did_several_things_nothing_is_claimed(tmp_path):
     story = web()
     one, other = story.link(CLIENT, WEB, 80), story.link(CLIENT, WEB, 80)
     story.ask(one, http("GET /cart"), answer(), 10 * MS, TOOK)
     story.ask(other, http("GET /other"), answer(), 20 * MS, TOOK)
-    if contexts:
-        flows = [
-            (10 * MS + 5 * US, 1),
-            (20 * MS + 5 * US, 2),
-            (10 * MS + TOOK, 1),
-            (20 * MS + TOOK, 2),
-        ]
-        for time_ns, context in flows:
-            story.row("flows", start_ns=at(time_ns), tgid=WEB, tid=WEB, context=context)
-        for context, parent, time_ns in ((1, 0, 5 * MS), (2, 0, 5 * MS), (3, 1, 30 * MS), (4, 3, 31 * MS),
-                                         (5, 2, 32 * MS), (6, 1, 6 * MS)):  # fmt: skip
-            story.row("contexts", time_ns=at(time_ns), tgid=WEB, tid=WEB, context=context,
-                      parent=parent, kind=1)  # fmt: skip
-    return story
-
-
-def test_in_an_event_loop_only_the_contexts_of_the_request_count(tmp_path):
-    story = concurrent(contexts=True)
-    story.tick(WEB, 1, 40 * MS, context=1)
-    story.tick(WEB, 2, 41 * MS, context=4)  # a task of a task of it
-    story.tick(WEB, 2, 42 * MS, context=4, tid=21)  # to_thread: in another thread
-    story.thread(WEB, 21, "asyncio_0")
-    story.tick(WEB, 1, 43 * MS, context=2)  # the other request's
-    story.tick(WEB, 1, 44 * MS, context=5)
-    story.tick(WEB, 1, 45 * MS, context=6)  # made before the request
-    story.tick(WEB, 1, 46 * MS, context=0)  # the loop itself
-    recording = story.record(tmp_path / "a.scope")
-    spans = recording.collect(recording.spans()).filter(pl.col("kind") == "server")
-    span = spans.filter(pl.col("detail").str.contains("cart")).row(0, named=True)
-    if span["context"] != 1:
-        pytest.fail(f"the span is in the context {span['context']}")
-    found = weights(of_request(recording, span["span_id"]))
-    task = "main (shop/main.py:1);task (shop/web.py:60)"
-    assert found == {
-        f"{CART};{PYTHON}": PERIOD,
-        f"{CART};{task}": PERIOD,
-        f"web GET /cart;asyncio_0;{task}": PERIOD,
-    }
-
-
-def test_of_a_thread_that_did_several_things_nothing_is_claimed(tmp_path):
-    story = concurrent(contexts=False)
     story.tick(WEB, 1, 40 * MS)
-    profile, _ = profile_of(story.record(tmp_path / "a.scope"))
-    assert profile.stacks == {}
-    assert "1 of 1 spans are left out" in profile.notes[0]
-    assert "worked on other requests at the same time" in (profile.empty or "")
+    profile, took = profile_of(story.record(tmp_path / "a.scope"))
+    assert weights(profile) == {f"web GET /cart {UNDIVIDED}": took}
+    assert "worked on other requests at the same time" in profile.notes[0]
+
+
+def test_what_a_proxy_called_is_in_its_frame(tmp_path):
+    story = web()
+    story.process(PROXY, "nginx: worker process", "nginx")
+    for path, begin in (("/cart", 10), ("/other", 12)):
+        front, back = story.link(CLIENT, PROXY, 80), story.link(PROXY, WEB, 8000)
+        story.say(front, http(f"GET {path}"), begin * MS, by_client=True)
+        asked = begin * MS + 100 * US
+        story.ask(back, http(f"GET {path}"), answer(), asked, 40 * MS, server_tid=WEB + begin)
+        story.say(front, answer(), begin * MS + 60 * MS, by_client=False)
+    recording = story.record(tmp_path / "a.scope")
+    spans = recording.collect(recording.spans())
+    cart = pl.col("detail").str.contains("cart") & (pl.col("tgid") == PROXY)
+    span = spans.filter(cart & (pl.col("kind") == "server")).row(0, named=True)
+    profile = of_request(recording, span["span_id"])
+    whole = f"nginx GET /cart {UNDIVIDED}"
+    call = f"{whole};nginx;[waits for web: GET /cart]"
+    below = f"{call};web GET /cart;gunicorn;[on the CPU, no sample]"
+    found = weights(profile)
+    assert found.keys() == {whole, call, below}
+    assert found[call] + found[below] == pytest.approx(40 * MS, abs=10 * US)
+    assert profile.total_ns == span["duration_ns"]
+
+
+def test_a_thread_whose_stack_is_met_as_a_greenlet_is_a_thread(tmp_path):
+    story = web()
+    front = story.link(CLIENT, WEB, 80)
+    story.context(WEB, 7, 0, kind=ContextKind.CONTEXT_GREENLET)
+    story.say(front, http("GET /cart"), 10 * MS, by_client=True, other_context=7)
+    story.say(front, answer(), 110 * MS, by_client=False, context=7)
+    recording = story.record(tmp_path / "a.scope")
+    _, served = request_of(recording)
+    assert served["context"][0] == 7
+    profile, took = profile_of(recording)
+    assert weights(profile) == {f"{CART};[on the CPU, no sample]": took}
 
 
 def test_without_offcpu_time_ticks_weigh_a_period(tmp_path):
@@ -175,26 +168,3 @@ def test_without_anything_it_says_why(tmp_path):
     families.remove("samples")
     profile, _ = profile_of(story.record(tmp_path / "b.scope", families=families))
     assert "samples in --families" in (profile.empty or "")
-
-
-def test_contexts_of_a_span_are_its_own_and_those_made_meanwhile(tmp_path):
-    story = StackStory()
-    for context, parent, time_ns in ((11, 1, 50), (12, 11, 60), (13, 1, 150), (14, 12, 160),
-                                     (2, 1, 55), (21, 2, 70)):  # fmt: skip
-        story.row("contexts", time_ns=at(time_ns), tgid=WEB, tid=WEB, context=context,
-                  parent=parent, kind=1)  # fmt: skip
-    # the third one is handled in a context that was made in the first one's
-    spans = pl.DataFrame(
-        {
-            "tgid": WEB,
-            "tid": WEB,
-            "span_id": [1, 2, 3],
-            "context": [1, 1, 2],
-            "from_ns": [at(0), at(100), at(58)],
-            "to_ns": [at(100), at(200), at(90)],
-        },
-        schema_overrides={"tgid": pl.UInt32, "context": pl.UInt64},
-    )
-    found = _with_descendants(story.record(tmp_path / "a.scope"), spans)
-    contexts = found.group_by("span_id").agg(pl.col("context").sort()).sort("span_id")
-    assert contexts.rows() == [(1, [1, 11, 12]), (2, [1, 13]), (3, [2, 21])]
