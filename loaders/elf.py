@@ -7,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 from elftools.common.exceptions import ELFError
 from elftools.construct import ConstructError
 from elftools.elf.dynamic import DynamicSegment, DynamicTag
@@ -28,6 +29,14 @@ DAMAGE = (
     AssertionError,
     MemoryError,
 )
+
+
+# elf.h: Elf64_Sym, and some of its values
+SYMBOL = np.dtype(
+    [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("section", "<u2"), ("value", "<u8"),
+     ("size", "<u8")]
+)  # fmt: skip
+SHN_UNDEF, STT_OBJECT, STT_FUNC = 0, 1, 2
 
 
 class ElfObject:
@@ -97,6 +106,30 @@ class ElfObject:
         )
 
 
+def _exported_symbols(file: ELFFile) -> tuple[dict[str, int], dict[str, int]]:
+    """Virtual addresses of the functions and of the variables that a file exports, by name.
+
+    Not by pyelftools' own way over the symbols, which takes 40 us for each: CPython exports 2,000.
+    """
+    table = file.get_section_by_name(".dynsym")
+    if not isinstance(table, SymbolTableSection):
+        return {}, {}
+    data = table.data()
+    symbols = np.frombuffer(data, SYMBOL, len(data) // SYMBOL.itemsize)
+    names = table.stringtable.data()
+    kinds = symbols["info"] & 15
+    functions, variables = (
+        {
+            names[at : names.index(0, at)].decode(errors="surrogateescape"): address
+            for at, address in symbols[["name", "value"]][
+                (symbols["section"] != SHN_UNDEF) & (kinds == kind)
+            ].tolist()
+        }
+        for kind in (STT_FUNC, STT_OBJECT)
+    )
+    return functions, variables
+
+
 class SharedLibrary:
     """A shared library that programs have mapped: where its exported functions are in the file."""
 
@@ -113,26 +146,29 @@ class SharedLibrary:
             if file.elfclass != 64:
                 raise ValueError("it is not a 64-bit one")
             self.machine: Final = str(file["e_machine"])
+            segments = list(file.iter_segments())  # each time they are made anew
+            loaded = [segment for segment in segments if segment["p_type"] == "PT_LOAD"]
             self._code = [
                 (segment["p_vaddr"], segment["p_offset"], segment["p_filesz"])
-                for segment in file.iter_segments("PT_LOAD")
+                for segment in loaded
                 if segment["p_flags"] & 1  # PF_X
             ]
             # what is loaded: (virtual address, offset in the file, bytes in the file)
             self.segments: Final[list[tuple[int, int, int]]] = [
                 (segment["p_vaddr"], segment["p_offset"], segment["p_filesz"])
-                for segment in file.iter_segments("PT_LOAD")
+                for segment in loaded
             ]
             tags = [
                 tag
-                for segment in file.iter_segments("PT_DYNAMIC")
+                for segment in segments
                 if isinstance(segment, DynamicSegment)
                 for tag in segment.iter_tags()
             ]
             self._frame_header = next(
                 (
                     (segment["p_vaddr"], segment["p_offset"])
-                    for segment in file.iter_segments("PT_GNU_EH_FRAME")
+                    for segment in segments
+                    if segment["p_type"] == "PT_GNU_EH_FRAME"
                 ),
                 None,
             )
@@ -145,24 +181,7 @@ class SharedLibrary:
                 if tag.entry.d_tag in {"DT_RUNPATH", "DT_RPATH"}
                 for folder in _name(tag).split(":")
             ]
-            table = file.get_section_by_name(".dynsym")
-            defined = [
-                symbol
-                for symbol in (
-                    table.iter_symbols() if isinstance(table, SymbolTableSection) else ()
-                )
-                if symbol["st_shndx"] != "SHN_UNDEF"
-            ]
-            self._exported = {
-                symbol.name: symbol["st_value"]
-                for symbol in defined
-                if symbol["st_info"]["type"] == "STT_FUNC"
-            }
-            self._variables = {
-                symbol.name: int(symbol["st_value"])
-                for symbol in defined
-                if symbol["st_info"]["type"] == "STT_OBJECT"
-            }
+            self._exported, self._variables = _exported_symbols(file)
         except OSError as error:
             raise FormatError(f"cannot read {path}: {error.strerror}") from error
         except DAMAGE as error:

@@ -18,14 +18,10 @@ from elftools.elf.sections import SymbolTableSection
 from numpy.typing import NDArray
 
 from scope_ebpf.errors import FormatError
-from scope_ebpf.loaders.elf import DAMAGE
+from scope_ebpf.loaders.elf import DAMAGE, SYMBOL
 from scope_ebpf.loaders.targets import PROC
 from scope_ebpf.loaders.tls import root_of
 
-SYMBOL = np.dtype(
-    [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("section", "<u2"), ("value", "<u8"),
-     ("size", "<u8")]
-)  # fmt: skip
 FUNCTIONS = (2, 10)  # STT_FUNC, STT_GNU_IFUNC
 # Symbols within one another, such as those of assembler code: so many before an address are looked at.
 NESTED = 8

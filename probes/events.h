@@ -675,7 +675,6 @@ struct cpu_state {
 	__u64 hot_head; /* slots ever reserved */
 	__u64 wide_head;
 	__u64 lost[LOSS_KINDS];
-	__u64 reserved1[2];
 	/* user space */
 	__u64 hot_tail; /* slots ever given back */
 	__u64 wide_tail;

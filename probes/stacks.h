@@ -39,6 +39,8 @@ struct walk {
 	__u32 taken; /* frames */
 	__u32 truncated;
 	__u32 reserved;
+	__u64 lines; /* of the code object that is being told: where its line table is */
+	struct code_part code;
 	struct frame frames[STACK_FRAMES];
 	char state[STATE_BYTES];
 	char one[FRAME_READ_BYTES];
@@ -247,40 +249,40 @@ static __always_inline void find_text(struct interpreter *python, __u64 object, 
 		text->data = object + python->unicode_compact;
 }
 
-/* The further slots of a long line table. */
-static __always_inline bool write_lines(struct cpu_state *cpu, struct code_part *first, __u64 lines)
+/* One of the further slots of a long line table, whose first one is in walk->code. Returns whether it is told. */
+__noinline int write_lines(struct cpu_state *cpu, struct walk *walk, __u32 part)
 {
 	struct code_part *more;
-	__u32 part, done;
 	__u64 index, rest;
+	__u32 done;
 
-	for (part = 1; part < CODE_PARTS; part++) {
-		done = CODE_PART_BYTES + (part - 1) * CODE_MORE_BYTES;
-		if (done >= first->lines_total)
-			break;
-		rest = at_most(first->lines_total - done, CODE_MORE_BYTES);
-		more = wide_reserve(cpu, &index, wide_slots / 8);
-		if (!more)
-			return false;
-		__builtin_memcpy(more, first, sizeof(*more));
-		more->part = part;
-		more->line_bytes = bpf_probe_read_user(more + 1, rest, (void *)(lines + done)) ? 0 : rest;
-		commit(&more->sequence, index);
-	}
+	if (!cpu || !walk)
+		return false;
+	done = CODE_PART_BYTES + (part - 1) * CODE_MORE_BYTES;
+	rest = at_most(walk->code.lines_total - done, CODE_MORE_BYTES);
+	more = wide_reserve(cpu, &index, wide_slots / 8);
+	if (!more)
+		return false;
+	/* the sequence goes in last */
+	__builtin_memcpy((__u32 *)more + 1, (__u32 *)&walk->code + 1, sizeof(*more) - sizeof(__u32));
+	more->part = part;
+	more->line_bytes = bpf_probe_read_user(more + 1, rest, (void *)(walk->lines + done)) ? 0 : rest;
+	commit(&more->sequence, index);
 	return true;
 }
 
-__noinline int write_code(struct cpu_state *cpu, struct walk *walk, struct interpreter *python, __u64 code)
+static __always_inline int write_code(struct cpu_state *cpu, struct walk *walk, struct interpreter *python, __u64 code)
 {
 	struct text name, file;
 	struct code_part *part;
-	struct code_part head = {};
+	struct code_part *head;
 	__u64 index, lines, bytes;
-	__u32 whole, first_line = 0;
+	__u32 whole, number, first_line = 0;
 	char *at;
 
 	if (!cpu || !walk || !python)
 		return 0;
+	head = &walk->code;
 	find_text(python, read_user_word(code + python->code_name), &name);
 	find_text(python, read_user_word(code + python->code_file), &file);
 	lines = read_user_word(code + python->code_lines);
@@ -288,95 +290,112 @@ __noinline int write_code(struct cpu_state *cpu, struct walk *walk, struct inter
 	part = wide_reserve(cpu, &index, wide_slots / 8);
 	if (!part)
 		return 0;
-	head.kind = RECORD_CODE;
-	head.time_ns = walk->time_ns;
-	head.code = code;
-	head.tgid = walk->tgid;
-	head.first_line = first_line;
-	head.lines_total = read_user_word(lines + python->bytes_size);
-	head.version = python->version;
-	head.first_instruction = python->code_instructions;
-	head.name_length = name.length;
-	head.file_length = file.length;
-	head.name_width = name.width;
-	head.file_width = file.width;
-	lines += python->bytes_data;
+	head->kind = RECORD_CODE;
+	head->part = 0;
+	head->line_bytes = 0;
+	head->time_ns = walk->time_ns;
+	head->code = code;
+	head->tgid = walk->tgid;
+	head->first_line = first_line;
+	head->lines_total = read_user_word(lines + python->bytes_size);
+	head->version = python->version;
+	head->first_instruction = python->code_instructions;
+	head->name_length = name.length;
+	head->file_length = file.length;
+	head->name_width = name.width;
+	head->file_width = file.width;
+	walk->lines = lines + python->bytes_data;
 	at = (char *)(part + 1);
 	bytes = at_most(name.length * name.width, CODE_NAME_BYTES);
 	if (bpf_probe_read_user(at, bytes, (void *)name.data))
-		head.name_width = 0;
+		head->name_width = 0;
 	/* of a long path the end tells more */
 	whole = file.length * file.width;
 	bytes = at_most(whole, CODE_FILE_BYTES);
 	if (bpf_probe_read_user(at + CODE_NAME_BYTES, bytes, (void *)(file.data + whole - bytes)))
-		head.file_width = 0;
-	bytes = at_most(head.lines_total, CODE_PART_BYTES);
-	if (!bpf_probe_read_user(at + CODE_NAME_BYTES + CODE_FILE_BYTES, bytes, (void *)lines))
-		head.line_bytes = bytes;
-	head.sequence = part->sequence;
-	__builtin_memcpy(part, &head, sizeof(head));
+		head->file_width = 0;
+	bytes = at_most(head->lines_total, CODE_PART_BYTES);
+	if (!bpf_probe_read_user(at + CODE_NAME_BYTES + CODE_FILE_BYTES, bytes, (void *)walk->lines))
+		head->line_bytes = bytes;
+	__builtin_memcpy((__u32 *)part + 1, (__u32 *)head + 1, sizeof(*part) - sizeof(__u32));
 	commit(&part->sequence, index);
-	return write_lines(cpu, &head, lines);
+	for (number = 1; number < CODE_PARTS; number++) {
+		if (CODE_PART_BYTES + (number - 1) * CODE_MORE_BYTES >= walk->code.lines_total)
+			break;
+		if (!write_lines(cpu, walk, number))
+			return 0;
+	}
+	return 1;
 }
 
-static __always_inline bool tell_codes(struct cpu_state *cpu, struct walk *walk, struct interpreter *python,
-				       __u32 count)
+/* Tells the code object of a frame, if it was not told before. Returns whether it is told. */
+__noinline int tell_code(struct cpu_state *cpu, struct walk *walk, struct interpreter *python, __u32 number)
 {
-	struct code_key key = {.tgid = walk->tgid, .born = walk->born};
-	__u32 i, told = 1;
+	struct code_key key = {};
+	__u32 told = 1;
 
-	for (i = 0; i < STACK_FRAMES && i < count; i++) {
-		key.code = walk->frames[i].code;
-		if (bpf_map_lookup_elem(&codes_told, &key))
-			continue;
-		if (!write_code(cpu, walk, python, key.code))
-			return false;
-		bpf_map_update_elem(&codes_told, &key, &told, BPF_ANY);
-	}
+	if (!cpu || !walk || !python || number >= STACK_FRAMES)
+		return false;
+	key.tgid = walk->tgid;
+	key.born = walk->born;
+	key.code = walk->frames[number].code;
+	if (bpf_map_lookup_elem(&codes_told, &key))
+		return true;
+	if (!write_code(cpu, walk, python, key.code))
+		return false;
+	bpf_map_update_elem(&codes_told, &key, &told, BPF_ANY);
+	return true;
+}
+
+/* One slot of a stack's frames. Returns whether it is told. */
+__noinline int write_part(struct cpu_state *cpu, struct walk *walk, __u32 number)
+{
+	struct stack_part *part;
+	__u32 first, frames;
+	__u64 index;
+
+	if (!cpu || !walk || number >= STACK_PARTS)
+		return false;
+	first = number * STACK_PART_FRAMES;
+	frames = walk->taken - first;
+	if (frames > STACK_PART_FRAMES)
+		frames = STACK_PART_FRAMES;
+	part = wide_reserve(cpu, &index, wide_slots / 8);
+	if (!part)
+		return false;
+	part->frames = frames;
+	part->kind = RECORD_STACK;
+	part->part = number;
+	part->time_ns = walk->time_ns;
+	part->stack = walk->hash;
+	part->tgid = walk->tgid;
+	part->total = walk->taken;
+	part->truncated = walk->truncated;
+	part->reserved[0] = part->reserved[1] = part->reserved[2] = part->reserved[3] = 0;
+	/* what lies beyond those taken is not looked at */
+	bpf_probe_read_kernel(part + 1, STACK_PART_FRAMES * sizeof(struct frame), &walk->frames[first]);
+	commit(&part->sequence, index);
 	return true;
 }
 
 /* The record of a stack, with those of its code objects that were not told before. */
-__noinline int tell_stack(struct cpu_state *cpu, struct walk *walk, struct interpreter *python, __u32 count)
+__noinline int tell_stack(struct cpu_state *cpu, struct walk *walk, struct interpreter *python)
 {
-	struct stack_part *part;
-	__u32 number, first, frames, told = 1;
-	__u64 index;
+	__u32 number, told = 1;
 
 	if (!cpu || !walk || !python)
 		return 0;
-	if (!tell_codes(cpu, walk, python, count)) {
-		count_loss(cpu, LOSS_STACKS);
-		return 0;
-	}
-	for (number = 0; number < STACK_PARTS; number++) {
-		first = number * STACK_PART_FRAMES;
-		if (first >= count)
-			break;
-		frames = count - first;
-		if (frames > STACK_PART_FRAMES)
-			frames = STACK_PART_FRAMES;
-		part = wide_reserve(cpu, &index, wide_slots / 8);
-		if (!part) {
-			count_loss(cpu, LOSS_STACKS);
-			return 0;
-		}
-		part->frames = frames;
-		part->kind = RECORD_STACK;
-		part->part = number;
-		part->time_ns = walk->time_ns;
-		part->stack = walk->hash;
-		part->tgid = walk->tgid;
-		part->total = count;
-		part->truncated = walk->truncated;
-		part->reserved[0] = part->reserved[1] = part->reserved[2] = part->reserved[3] = 0;
-		/* what lies beyond `count` is not looked at */
-		bpf_probe_read_kernel(part + 1, STACK_PART_FRAMES * sizeof(struct frame),
-				      &walk->frames[first]);
-		commit(&part->sequence, index);
-	}
+	for (number = 0; number < STACK_FRAMES && number < walk->taken; number++)
+		if (!tell_code(cpu, walk, python, number))
+			goto lost;
+	for (number = 0; number < STACK_PARTS && number * STACK_PART_FRAMES < walk->taken; number++)
+		if (!write_part(cpu, walk, number))
+			goto lost;
 	bpf_map_update_elem(&stacks_told, &walk->hash, &told, BPF_ANY);
 	return 1;
+lost:
+	count_loss(cpu, LOSS_STACKS);
+	return 0;
 }
 
 /* ---- samples --------------------------------------------------------------------------------------- */
@@ -430,7 +449,7 @@ __noinline int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 in
 	if (!bpf_map_lookup_elem(&stacks_told, &walk->hash)) {
 		/* not the time of the sample: that may be before its code objects were freed and made anew */
 		walk->time_ns = bpf_ktime_get_ns();
-		tell_stack(cpu, walk, python, count);
+		tell_stack(cpu, walk, python);
 	}
 	sample->stack = walk->hash;
 	return 0;

@@ -676,7 +676,6 @@ CPU_STATE: np.dtype[Any] = np.dtype(
         ("hot_head", "<u8"),
         ("wide_head", "<u8"),
         ("lost", ("<u8", (22,))),
-        ("reserved1", ("<u8", (2,))),
         ("hot_tail", "<u8"),
         ("wide_tail", "<u8"),
         ("reserved2", ("<u8", (6,))),
