@@ -155,8 +155,7 @@ class SharedLibrary:
             ]
             # what is loaded: (virtual address, offset in the file, bytes in the file)
             self.segments: Final[list[tuple[int, int, int]]] = [
-                (segment["p_vaddr"], segment["p_offset"], segment["p_filesz"])
-                for segment in loaded
+                (segment["p_vaddr"], segment["p_offset"], segment["p_filesz"]) for segment in loaded
             ]
             tags = [
                 tag

@@ -107,9 +107,15 @@ class PythonWatch:
             try:
                 for site in sites:
                     program = program_for(site)
-                    if program is not None and PROGRAM_OF[site.event][0] in self._families:
-                        self._object.attach_uprobe(
-                            program, site.path, site.offset, at_return=site.at_return
+                    if program is None or PROGRAM_OF[site.event][0] not in self._families:
+                        continue
+                    self._object.attach_uprobe(
+                        program, site.path, site.offset, at_return=site.at_return
+                    )
+                    if site.emulated is False:
+                        notes.append(
+                            f"each call of {site.function} in {path} costs 10 µs more: no place in it"
+                            f" serves that the kernel emulates ({site.instruction} is single-stepped)"
                         )
             except LoadError as error:
                 notes.append(f"contexts and work items of {path} are not told apart: {error}")
@@ -170,8 +176,8 @@ class PythonWatch:
                 self._interpreters[element]["flags"] |= greenlets
                 rows.append(self._row_of(found))
             else:
-                pause = min(2 * pause, LATER_SECONDS[1])
-                self._later[tgid] = (element, now + pause, pause)
+                longer = min(2 * pause, LATER_SECONDS[1])
+                self._later[tgid] = (element, now + longer, longer)
         return rows
 
     def _take_up(self, found: Interpreter) -> dict[str, Any]:

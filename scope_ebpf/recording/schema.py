@@ -144,8 +144,8 @@ SCHEMAS: dict[str, pl.Schema] = {
             "cpu": pl.UInt16,  # where it came back
         }
     ),
-    # One row per CPython process that was met and looked into, and a second one when it has loaded greenlets; a
-    # fork is like its parent.
+    # One row per CPython process that was met and looked into, and a second one when it has loaded
+    # greenlets; a fork is like its parent.
     "interpreters": pl.Schema(
         {
             "time_ns": pl.Int64,

@@ -7,7 +7,7 @@ import pytest
 
 from tests.live.pythons import Python, pythons
 from tests.live.recording import PROGRAMS, Target, attached, no_losses
-from tests.live.roots import running
+from tests.live.roots import clear, running
 
 pytestmark = pytest.mark.live
 
@@ -15,23 +15,24 @@ pytestmark = pytest.mark.live
 @pytest.mark.parametrize("python", pythons(), ids=str)
 def test_waits_are_wall_time_without_cpu_time(python: Python, tmp_path):
     """Of two busy threads one waits while the other runs: for the GIL, or preempted by somebody else."""
-    with Target(*running(python, PROGRAMS / "busy_threads.py")) as target:
-        with attached(tmp_path, target) as session:
-            notes = {int(tid): note for tid, note in target.work().items()}
+    program = PROGRAMS / "busy_threads.py"
+    with Target(*running(python, program)) as target, attached(tmp_path, target) as session:
+        notes = {int(tid): note for tid, note in target.work().items()}
+    clear(python)
     no_losses(session)
     gil, offcpu = session.table("gil"), session.table("offcpu")
     assert len(notes) == 2
-    for tid, (begin, end, cpu) in notes.items():
+    for tid, (begin, end, cpu) in notes.items():  # nanoseconds
         waits = gil.filter(pl.col("tid") == tid, pl.col("start_ns").is_between(begin, end))
         ends = pl.min_horizontal(pl.col("start_ns") + pl.col("duration_ns"), pl.lit(end))
-        waited = waits.select((ends - pl.col("start_ns")).sum()).item()
+        waited = int(waits.select((ends - pl.col("start_ns")).sum()).item())
         calls = waits["start_ns"].to_list()
         elsewhere = offcpu.filter(
             pl.col("tid") == tid,
             pl.col("start_ns").is_between(begin, end),
             pl.col("syscall_start_ns").is_null() | ~pl.col("syscall_start_ns").is_in(calls),
         )
-        rest = elsewhere.select((ends - pl.col("start_ns")).sum()).item()
+        rest = int(elsewhere.select((ends - pl.col("start_ns")).sum()).item())
         wanted = end - begin - cpu
         assert wanted > 0.2 * (end - begin), "the threads did not compete"
         assert abs(waited + rest - wanted) <= 0.03 * wanted, (waited, rest, wanted)
@@ -39,5 +40,5 @@ def test_waits_are_wall_time_without_cpu_time(python: Python, tmp_path):
         (other,) = notes.keys() - {tid}
         # the first thread, which waits in join(), takes it now and then; each call lasts 5 ms at most
         held = waits.group_by("holder_tid").agg(pl.col("duration_ns").sum())
-        by_other = held.filter(pl.col("holder_tid") == other)["duration_ns"].sum()
-        assert by_other >= 0.9 * waits["duration_ns"].sum(), held
+        by_other = int(held.filter(pl.col("holder_tid") == other)["duration_ns"].sum())
+        assert by_other >= 0.9 * int(waits["duration_ns"].sum()), held
