@@ -322,6 +322,8 @@ def _say_next_steps(executable: Path, output: Path) -> None:
     looks = [
         [*sudo, str(executable), "services", str(output)],
         [*sudo, str(executable), "requests", str(output), "--service", "rq"],
+        [*sudo, str(executable), "threads", str(output)],
+        [*sudo, str(executable), "flame", str(output), "--offcpu", "-o", "waits.svg"],
         [*sudo, str(executable), "events", str(output), "messages", "--limit", "5"],
         [str(executable), "--help"],
     ]
