@@ -10,7 +10,7 @@
  * A logical context is a PyContext that was entered (Context.run(): every asyncio task and callback, every
  * trio task, to_thread), or a greenlet's data stack. Addresses are reused at once, so each gets a number:
  * a context when it is made (uretprobes on PyContext_CopyCurrent and its like), a greenlet's stack when it
- * is met first, until its memory is unmapped. The context that a thread makes for itself is never entered:
+ * is met first, until its memory is unmapped; but the stack that a thread is first seen on is the thread's. The context that a thread makes for itself is never entered:
  * it is 0, the thread itself.
  *
  * Sees:   the context of a thread at each of its calls, and who made a context.
@@ -25,6 +25,7 @@
 
 enum {
 	MAX_CHUNKS = 16, /* of a data stack: each holds 16 KiB or more */
+	GONE = 1, /* no address of a data stack */
 	STATE_WORDS = 16, /* of a PyThreadState that are read at once */
 	CONTEXT_ID_BITS = 40, /* of the count of contexts that a CPU made; the rest is the CPU's number */
 };
@@ -168,6 +169,21 @@ static __always_inline __u64 data_stack(struct interpreter *python, __u64 state)
 	return 0;
 }
 
+/*
+ * Whether a data stack is that of the thread itself: the one that it was first seen on. In most programs that
+ * import greenlet it is the only one; in one that gevent drives it is mostly that of the hub, which waits.
+ */
+static __always_inline bool is_home(__u64 address)
+{
+	struct task_record *record = record_of(bpf_get_current_task_btf());
+
+	if (!record)
+		return false;
+	if (!record->home)
+		record->home = address;
+	return record->home == address;
+}
+
 /* The number of the context that a thread state names; 0: the thread itself. */
 __noinline __u64 number_context(struct cpu_state *cpu, struct interpreter *python, __u64 state, __u64 address)
 {
@@ -182,7 +198,7 @@ __noinline __u64 number_context(struct cpu_state *cpu, struct interpreter *pytho
 	}
 	if (python->flags & INTERPRETER_GREENLETS) {
 		address = data_stack(python, state);
-		if (address)
+		if (address && !is_home(address))
 			return number_of(cpu, address + 1, CONTEXT_GREENLET);
 	}
 	return 0;
@@ -359,12 +375,18 @@ static __always_inline void write_gil(struct cpu_state *cpu, struct interpreter 
 	commit(&gil->sequence, index);
 }
 
+/* A call of munmap: what was at that address is no greenlet's stack any more, nor the thread's. */
 static __always_inline void end_greenlet(struct cpu_state *cpu, struct interpreter *python)
 {
 	struct context_key key = {.address = cpu->flight.arg0 + 1, .tgid = cpu->tgid};
+	struct task_record *record;
 
-	if (python->flags & INTERPRETER_GREENLETS)
-		bpf_map_delete_elem(&contexts, &key);
+	if (!(python->flags & INTERPRETER_GREENLETS))
+		return;
+	bpf_map_delete_elem(&contexts, &key);
+	record = record_of(bpf_get_current_task_btf());
+	if (record && record->home == cpu->flight.arg0)
+		record->home = GONE;
 }
 
 #include "stacks.h"

@@ -93,6 +93,7 @@ struct task_record {
 	__u64 registers; /* where its user registers are saved, 0: not known yet */
 	__u64 context;	 /* as in cpu_state */
 	__u64 waited_ns; /* as in cpu_state */
+	__u64 home; /* the data stack that it was first seen on, which is no greenlet's; 0: none was yet */
 	__u32 interpreter; /* as in cpu_state, as it was at that number of changes */
 	__u32 interpreter_changes;
 	__u32 waker_tgid;
