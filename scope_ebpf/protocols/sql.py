@@ -103,6 +103,9 @@ def literals(data: Bytes, begins: Numbers, stops: Numbers, dialect: Dialect) -> 
         near = np.searchsorted(quoted.begins, firsts, "right") - 1
         apart = (near < 0) | (firsts >= quoted.afters[near])
         firsts, afters, rows = firsts[apart], afters[apart], rows[apart]
+        # A dollar is part of a word, and `$$` may begin a literal within one: 1$$.
+        after = np.append(quoted.begins, len(data))
+        afters = np.minimum(afters, after[np.searchsorted(quoted.begins, firsts, "right")])
     kinds = np.full(len(firsts), NUMBER)
     hidden = _take(quoted, quoted.kinds >= 0)
     return Literals(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from scope_ebpf.protocols import sql
@@ -138,6 +138,7 @@ def test_no_literal_is_ever_kept(pieces, cut):
     st.lists(st.text(alphabet="ab1'\"`-/*#$\\E?\n .,(", max_size=60), max_size=5),
     st.sampled_from([sql.POSTGRESQL, sql.MYSQL]),
 )
+@example(["1$$", "E"], sql.POSTGRESQL)
 def test_each_statement_stands_alone(texts, dialect):
     # Between statements stand the headers of messages.
     heads = heads_of(*[f"\0{text}\0" for text in texts])
