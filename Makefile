@@ -148,7 +148,7 @@ $(PYTHON):
 	@echo 'there is no .venv yet: run make setup' >&2; exit 1
 
 .PHONY: check
-check: lint types generated ## what CI runs without root: lint, types, generated files, pure and object tests
+check: lint types generated vagrantfile ## what CI runs without root: lint, types, generated files, Vagrantfile, pure and object tests
 	@$(MAKE) build
 	$(call say,TEST,pure and object)
 	$(Q)$(AS_OWNER) $(PYTHON) -m pytest -q -m 'pure or object'
@@ -165,6 +165,17 @@ lint: | $(PYTHON)
 types: | $(PYTHON)
 	$(call say,MYPY,strict)
 	$(Q)$(AS_OWNER) $(PYTHON) -m mypy --no-error-summary
+
+# Its folder for state would otherwise appear beside the Vagrantfile.
+.PHONY: vagrantfile
+vagrantfile:
+	$(call say,VAGRANT,validate)
+	$(Q)if command -v vagrant >/dev/null; then \
+		VAGRANT_CWD=vagrant VAGRANT_DOTFILE_PATH='$(CURDIR)/build/vagrant' VAGRANT_HOME='$(CURDIR)/build/vagrant/home' \
+			$(AS_OWNER) vagrant validate --ignore-provider >/dev/null; \
+	else \
+		echo '           skipped: vagrant is not installed (sudo make lab-setup installs it)' >&2; \
+	fi
 
 .PHONY: generated
 generated: $(GENERATED:%=build/generated/%)

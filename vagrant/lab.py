@@ -19,6 +19,7 @@ telling one, for example by a kernel panic; 2 if it could not be started.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -50,11 +51,13 @@ QEMU = "qemu-system-x86_64"
 # What `make lab-all` runs. More can be named, by what their release begins with.
 KERNELS = ("5.10", "6.1", "6.12", "newest")
 # What the image is made of, beside the packages of the day it is made on.
-IMAGE_SOURCES = ("image.sh", "provision.sh", "guest/init", "guest/run-job", "guest/lab-job.service")
+IMAGE_SOURCES = ("image.sh", "provision.sh", "guest/start", "guest/lab-job.service")
 # image.sh gives the disk this signature.
 DISK_ID = "5c09eb9f"
 RESULTS_BYTES = 512 << 20
 KEPT_RESULTS = 40
+# Checkouts that share build/lab, or branches, may want several.
+KEPT_IMAGES = 3
 
 TIMED_OUT = 124
 NO_EXIT_CODE = 125
@@ -62,7 +65,7 @@ MISUSED = 2
 
 # Lines of the console that are shown of a guest that failed.
 CONSOLE_LINES = 60
-# Families and the like are named in the first of these fields of a row of the table.
+# include/uapi/linux/prctl.h
 PR_SET_PDEATHSIG = 1
 
 
@@ -154,19 +157,22 @@ def locked(path: Path, *, exclusive: bool) -> Iterator[None]:
         yield
 
 
-def find_image() -> Image | None:
-    """The image for what is in the tree, if somebody made it."""
-    folder = IMAGES / image_key()
+def find_image(folder: Path) -> Image | None:
+    """The image in a folder, if somebody made it."""
+    kernels = folder / "kernels"
     try:
-        lines = (folder / "kernels").read_text().splitlines()
+        lines = kernels.read_text().splitlines()
     except OSError:
         return None
+    with contextlib.suppress(PermissionError):
+        os.utime(kernels)  # so that it is not among those that were not used for long
     return Image(folder, dict(line.split() for line in lines))
 
 
 def make_image() -> Image:
     """Make the image, unless it is there. Of two who want it at once, one waits for the other."""
-    if found := find_image():
+    folder = IMAGES / image_key()
+    if found := find_image(folder):
         return found
     if os.geteuid() != 0:
         raise LabError(
@@ -177,28 +183,27 @@ def make_image() -> Image:
     need("mke2fs", "e2fsprogs")
     IMAGES.mkdir(parents=True, exist_ok=True)
     with locked(LAB / "lock", exclusive=True):
-        if found := find_image():
+        if found := find_image(folder):
             return found
         for left in LAB.glob(".making.*"):
             shutil.rmtree(left)  # of one who was killed; nothing is mounted there any more
         begin = time.monotonic()
-        folder = IMAGES / image_key()
         status = subprocess.run([ROOT / "vagrant" / "image.sh", folder], check=False).returncode
         if status != 0:
             raise LabError(f"cannot make the lab's image: image.sh failed with {status}, see above")
         say("LAB", f"made {folder.relative_to(ROOT)} in {time.monotonic() - begin:.0f} s")
-        remove_older(folder)
+        remove_unused()
         hand_over(LAB)
-    image = find_image()
+    image = find_image(folder)
     assert image is not None
     return image
 
 
-def remove_older(current: Path) -> None:
-    """Remove images of what the tree was before. A guest that runs has its files open."""
-    for folder in IMAGES.iterdir():
-        if folder != current:
-            shutil.rmtree(folder)
+def remove_unused() -> None:
+    """Remove all images but those that were used last. A guest that runs has its files open."""
+    folders = sorted(IMAGES.iterdir(), key=lambda folder: (folder / "kernels").stat().st_mtime)
+    for folder in folders[:-KEPT_IMAGES]:
+        shutil.rmtree(folder)
 
 
 def hand_over(folder: Path) -> None:
@@ -316,7 +321,7 @@ def qemu_command(guest: Guest, image: Image, work: Path) -> list[str]:
         # A panic ends the guest at once, by -no-reboot.
         "panic=-1",
         "mitigations=off random.trust_cpu=on",
-        "lab.systemd systemd.show_status=1" if guest.systemd else "init=/usr/lib/lab/init",
+        "lab.systemd systemd.mask=serial-getty@ttyS0.service" if guest.systemd else "init=/usr/lib/lab/start",
     ]
     words += ["-kernel", str(image.folder / f"vmlinuz-{release}"), "-append", " ".join(settings)]
     disks = {
