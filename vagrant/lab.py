@@ -352,6 +352,13 @@ def run_guest(guest: Guest, command: str, out: BinaryIO | None) -> Outcome:
     need(QEMU, "qemu-system-x86")
     image = make_image()
     release = image.release(guest.kernel)
+    with contextlib.suppress(OSError):
+        RESULTS.mkdir(parents=True, exist_ok=True)
+    if not os.access(RESULTS, os.W_OK):
+        raise LabError(
+            f"cannot bring results to {RESULTS}: permission denied;"
+            " run it as the owner of this checkout"
+        )
     # Not /tmp: it may be in memory, and the guest's changes of its disk come here.
     with tempfile.TemporaryDirectory(prefix="scope-lab-", dir="/var/tmp") as folder:
         work = Path(folder)
@@ -422,7 +429,6 @@ def judge(work: Path, guest: Guest, in_time: bool, status: int) -> tuple[int, st
 
 def keep_results(work: Path, release: str) -> Path:
     """Unpack what the guest brought, beside what it printed, into a folder of its own."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     kept = Path(tempfile.mkdtemp(prefix=f"{release}-{stamp}-", dir=RESULTS))
     kept.chmod(0o755)
@@ -430,7 +436,8 @@ def keep_results(work: Path, release: str) -> Path:
         if (work / name).exists():
             shutil.copyfile(work / name, kept / f"{name}.log")
     try:
-        with tarfile.open(work / "results.tar") as tar:
+        # "r:": nothing is guessed; a disk that nobody wrote is half a gigabyte of zeros.
+        with tarfile.open(work / "results.tar", "r:") as tar:
             # The guest runs what it is told, as root of itself only: no path may lead out of here.
             members = [
                 entry
