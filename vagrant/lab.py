@@ -55,6 +55,9 @@ IMAGE_SOURCES = ("image.sh", "provision.sh", "guest/start", "guest/lab-job.servi
 # image.sh gives the disk this signature.
 DISK_ID = "5c09eb9f"
 RESULTS_BYTES = 512 << 20
+# Not /tmp: it may be in memory, and the guest's changes of its disk come here.
+WORK = Path("/var/tmp")
+WORK_PREFIX = "scope-lab-"
 KEPT_RESULTS = 40
 # Checkouts that share build/lab, or branches, may want several.
 KEPT_IMAGES = 3
@@ -359,8 +362,9 @@ def run_guest(guest: Guest, command: str, out: BinaryIO | None) -> Outcome:
             f"cannot bring results to {RESULTS}: permission denied;"
             " run it as the owner of this checkout"
         )
-    # Not /tmp: it may be in memory, and the guest's changes of its disk come here.
-    with tempfile.TemporaryDirectory(prefix="scope-lab-", dir="/var/tmp") as folder:
+    remove_abandoned()
+    prefix = f"{WORK_PREFIX}{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=WORK) as folder:
         work = Path(folder)
         write_job(work / "job.tar", job_script(guest, release, command))
         with (work / "results.tar").open("wb") as file:
@@ -388,6 +392,14 @@ def run_guest(guest: Guest, command: str, out: BinaryIO | None) -> Outcome:
         kept = keep_results(work, release)
         code, problem = judge(work, guest, in_time, process.returncode)
     return Outcome(code, kept, seconds, problem)
+
+
+def remove_abandoned() -> None:
+    """Remove what runners left that were killed; their guests died with them."""
+    for folder in WORK.glob(WORK_PREFIX + "*"):
+        pid = folder.name.removeprefix(WORK_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # another user's stays
 
 
 def _die_with_parent() -> None:
