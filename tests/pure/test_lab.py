@@ -1,4 +1,4 @@
-"""The lab's runner, as far as it needs no guest: which kernel, what exit code, what is brought back, the table."""
+"""The lab's runner where it needs no guest: kernels, exit codes, what is brought back, the table."""
 
 from __future__ import annotations
 
@@ -89,23 +89,61 @@ def left(folder: Path, **texts: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("texts", "in_time", "code", "problem"),
+    ("texts", "stopped", "code", "problem"),
     [
-        ({"exit": "exit 0\n"}, True, 0, ""),
-        ({"exit": "exit 3\n", "console": "Kernel panic - no"}, True, 3, ""),
-        ({"exit": "", "console": "x"}, False, 124, "it did not end within 600 s, and was stopped"),
+        ({"exit": "exit 0\n"}, None, 0, ""),
+        ({"exit": "exit 3\n", "console": "Kernel panic - no"}, (124, "late"), 3, ""),
+        ({"exit": "", "console": "x"}, (124, "late"), 124, "late"),
         (
             {"exit": "", "console": "[ 1.2] Kernel panic - not syncing: Oops\r\n"},
-            True,
+            None,
             125,
             "Kernel panic - not syncing: Oops",
         ),
-        ({"qemu": "qemu: could not open it\n"}, True, 125, "QEMU says: qemu: could not open it"),
-        ({}, True, 125, "it ended without an exit code (QEMU's is 0)"),
+        ({"qemu": "qemu: could not open it\n"}, None, 125, "QEMU says: qemu: could not open it"),
+        ({}, None, 125, "it ended without an exit code (QEMU's is 0)"),
     ],
 )
-def test_exit_code(lab, tmp_path, texts, in_time, code, problem):
-    assert lab.judge(left(tmp_path, **texts), lab.Guest("6.1"), in_time, 0) == (code, problem)
+def test_exit_code(lab, tmp_path, texts, stopped, code, problem):
+    assert lab.judge(left(tmp_path, **texts), stopped, 0) == (code, problem)
+
+
+class Running:
+    """A process that runs for some polls."""
+
+    def __init__(self, polls: int) -> None:
+        self.polls = polls
+
+    def poll(self) -> int | None:
+        self.polls -= 1
+        return 0 if self.polls < 0 else None
+
+
+@pytest.mark.parametrize(
+    ("polls", "console", "seconds", "stopped"),
+    [
+        (2, "quiet", 9, None),
+        (99, "quiet", 0, (124, "it did not end within 0 s, and was stopped")),
+        (99, "[ 52.1] nvme nvme0: I/O 4 QID 1 timeout, aborting", 9, (125, "the emulated disk")),
+        (
+            99,
+            "nvme nvme0: I/O tag 4 (1004) opcode 0x2 QID 1 timeout",
+            9,
+            (125, "the emulated disk"),
+        ),
+    ],
+)
+def test_following_a_guest(lab, tmp_path, polls, console, seconds, stopped):
+    work = left(tmp_path, console=console, output="printed")
+    out = io.BytesIO()
+    guest = lab.Guest("6.1", timeout_seconds=seconds)
+    found = lab.follow(Running(polls), work, guest, out)
+    assert out.getvalue() == b"printed"
+    if stopped is None:
+        assert found is None
+    else:
+        assert found[0] == stopped[0]
+        assert found[1].startswith(stopped[1])
 
 
 def results_tar(path: Path) -> None:
