@@ -49,7 +49,8 @@ install_userland() {
     }
 }
 
-# The requirements of pyproject.toml, without what only checks the source.
+# The requirements of pyproject.toml, without what only checks the source. polars in its build for old
+# processors: QEMU 7.2 without KVM emulates some AVX2 wrongly, and sums of groups came out wrong.
 requirements() {
     /usr/bin/python3 - "$SOURCE/pyproject.toml" <<'PYTHON'
 import sys, tomllib
@@ -57,6 +58,7 @@ import sys, tomllib
 with open(sys.argv[1], "rb") as file:
     project = tomllib.load(file)["project"]
 wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+wanted.append("polars[rtcompat]")
 print("\n".join(r for r in wanted if not r.startswith(("mypy", "ruff", "types-"))))
 PYTHON
 }
