@@ -113,6 +113,34 @@ build/generated/scope_ebpf/syscall_tables.py: scripts/generate_syscalls.py | $(P
 	$(Q){ CC='$(CLANG)' $(PYTHON) $< || { [ $$? -eq 77 ] && cat scope_ebpf/syscall_tables.py; }; } \
 		| $(AS_OWNER) tee $@ >/dev/null
 
+##@ Lab
+
+# Only the image needs root; guests run as the owner of the checkout, also under sudo.
+LAB = $(AS_OWNER) python3 vagrant/lab.py
+KERNEL ?= 6.1
+TESTS ?=
+LAB_OPTIONS = $(if $(SYSTEMD),--systemd) $(if $(MEMORY),--memory $(MEMORY)) $(if $(TIMEOUT),--timeout $(TIMEOUT))
+
+.PHONY: lab-setup
+lab-setup: ## install what the lab needs: QEMU, debootstrap (as root)
+	@$(SETUP) --lab
+
+.PHONY: lab-image
+lab-image: ## make the disk of the lab's guests, unless it is there (as root)
+	@python3 vagrant/lab.py image
+
+.PHONY: lab
+lab: build lab-image-if-root ## run tests in a guest (KERNEL=6.1, TESTS='tests/lab/test_kernels.py -k doctor', SYSTEMD=1)
+	@$(LAB) run $(KERNEL) $(LAB_OPTIONS) $(TESTS)
+
+.PHONY: lab-all
+lab-all: build lab-image-if-root ## run tests on every kernel of the lab; prints what works on which
+	@$(LAB) all $(LAB_OPTIONS) $(TESTS)
+
+.PHONY: lab-image-if-root
+lab-image-if-root:
+	@[ "$$(id -u)" -ne 0 ] || python3 vagrant/lab.py image
+
 ##@ Check
 
 # What needs .venv says so, instead of failing on a missing file.
@@ -120,7 +148,7 @@ $(PYTHON):
 	@echo 'there is no .venv yet: run make setup' >&2; exit 1
 
 .PHONY: check
-check: lint types generated ## what CI runs without root: lint, types, generated files, pure and object tests
+check: lint types generated vagrantfile ## what CI runs without root: lint, types, generated files, Vagrantfile, pure and object tests
 	@$(MAKE) build
 	$(call say,TEST,pure and object)
 	$(Q)$(AS_OWNER) $(PYTHON) -m pytest -q -m 'pure or object'
@@ -138,6 +166,17 @@ types: | $(PYTHON)
 	$(call say,MYPY,strict)
 	$(Q)$(AS_OWNER) $(PYTHON) -m mypy --no-error-summary
 
+# Its folder for state would otherwise appear beside the Vagrantfile.
+.PHONY: vagrantfile
+vagrantfile:
+	$(call say,VAGRANT,validate)
+	$(Q)if command -v vagrant >/dev/null; then \
+		VAGRANT_CWD=vagrant VAGRANT_DOTFILE_PATH='$(CURDIR)/build/vagrant' VAGRANT_HOME='$(CURDIR)/build/vagrant/home' \
+			$(AS_OWNER) vagrant validate --ignore-provider >/dev/null; \
+	else \
+		echo '           skipped: vagrant is not installed (sudo make lab-setup installs it)' >&2; \
+	fi
+
 .PHONY: generated
 generated: $(GENERATED:%=build/generated/%)
 	$(Q)for file in $(GENERATED); do \
@@ -147,7 +186,7 @@ generated: $(GENERATED:%=build/generated/%)
 
 # No cache of pytest, for the same reason as no bytecode.
 .PHONY: test
-test: ## every test but those of the lab VM (as root; a live test that could run must not be skipped)
+test: ## every test but those of the lab (as root; a live test that could run must not be skipped)
 	@[ "$$(id -u)" -eq 0 ] || { \
 		echo 'cannot run the live tests: they load BPF programs, which takes root;' \
 			'run sudo make test, or make check for the others' >&2; exit 1; }
