@@ -66,8 +66,6 @@ struct {
 	__type(value, struct endpoint);
 } endpoints SEC(".maps");
 
-__u32 last_connection = 0;
-
 /* What a descriptor leads to. */
 struct target_end {
 	__u64 key;
@@ -94,17 +92,17 @@ static __always_inline bool resolve_file(void *file, struct target_end *end)
 
 static __always_inline bool resolve(struct task_struct *task, __u32 fd, struct target_end *end)
 {
-	struct fdtable *table = task->files->fdt;
+	struct fdtable *table = FIELD_OF(task, files, fdt);
 	void *file;
 
-	if (fd >= table->max_fds)
+	if (fd >= FIELD(table, max_fds))
 		return false;
-	file = (void *)read_word(table->fd + fd);
+	file = (void *)read_word(FIELD(table, fd) + fd);
 	return file && resolve_file(file, end);
 }
 
 /* Bytes that wait in a Unix stream socket's queue; false if the queue is too long to walk. */
-__noinline int queued_in_socket(__u64 key, __u64 *bytes)
+GLOBAL int queued_in_socket(__u64 key, __u64 *bytes)
 {
 	struct sock *sk = (struct sock *)key;
 	struct sk_buff *head, *skb;
@@ -131,7 +129,7 @@ __noinline int queued_in_socket(__u64 key, __u64 *bytes)
 	return false;
 }
 
-__noinline int queued_in_pipe(__u64 key, __u64 *bytes)
+GLOBAL int queued_in_pipe(__u64 key, __u64 *bytes)
 {
 	struct pipe_inode_info *pipe = (struct pipe_inode_info *)key;
 	__u32 head = BPF_CORE_READ(pipe, head), tail = BPF_CORE_READ(pipe, tail);
@@ -176,7 +174,7 @@ static __always_inline __u32 inet_ports(__u64 key)
  * Whether an entry of another inode is still that of the end: it was made while the socket was not
  * accepted and had no inode. Else it is of a freed socket at the same address.
  */
-__noinline int accepted_meanwhile(struct target_end *end, struct endpoint *known)
+GLOBAL int accepted_meanwhile(struct target_end *end, struct endpoint *known)
 {
 	struct endpoint *peer;
 	__u64 peer_key;
@@ -227,7 +225,7 @@ static __always_inline void measure_unix(__u64 key, struct endpoint *fresh, __u6
 	*other = *fresh;
 	other->inode = inode;
 	other->sent = STREAM_ORIGIN + incoming;
-	other->connection = __sync_fetch_and_add(&last_connection, 1) + 1;
+	other->connection = new_connection_number();
 	other->peer_connection = fresh->connection;
 	fresh->peer_connection = other->connection;
 }
@@ -250,7 +248,7 @@ static __always_inline void link_unix(struct endpoint *end, __u64 peer_key, stru
  * Makes an end known and fixes where its bytes are counted from; for a Unix stream the other end, too.
  * Returns whether it was this call that did so.
  */
-__noinline int meet(struct target_end *end, bool idle)
+GLOBAL int meet(struct target_end *end, bool idle)
 {
 	struct endpoint fresh = {}, other = {}, *found;
 	__u64 key, queued, peer_key = 0;
@@ -269,7 +267,7 @@ __noinline int meet(struct target_end *end, bool idle)
 	fresh.inode = end->inode;
 	fresh.sent = fresh.received = STREAM_ORIGIN;
 	fresh.met_idle = idle;
-	fresh.connection = __sync_fetch_and_add(&last_connection, 1) + 1;
+	fresh.connection = new_connection_number();
 	fresh.sent_measured_ns = fresh.received_measured_ns = bpf_ktime_get_ns();
 	if (end->is_pipe) {
 		fresh.kind = ENDPOINT_PIPE;
@@ -311,7 +309,7 @@ static __always_inline bool counts_bytes(struct target_end *end)
 }
 
 /* Sets the counter of one direction from the other end's and the queue, after a call. */
-__noinline int measure_again(__u64 key, struct endpoint *end, bool receive, __u32 length)
+GLOBAL int measure_again(__u64 key, struct endpoint *end, bool receive, __u32 length)
 {
 	__u64 peer_key = key, queue = key, queued = 0, before, after;
 	struct endpoint *peer = end;
@@ -357,7 +355,7 @@ static __always_inline void read_unix_path(struct sock *sk, char *path)
 }
 
 /* Tells user space what a connection is. Tried again at the next message if there is no room. */
-__noinline int announce(struct cpu_state *cpu, struct target_end *end, struct endpoint *known)
+GLOBAL int announce(struct cpu_state *cpu, struct target_end *end, struct endpoint *known)
 {
 	struct connection *connection;
 	struct sock *sk;

@@ -31,6 +31,7 @@ enum { false, true };
 enum bpf_map_type {
 	BPF_MAP_TYPE_HASH = 1,
 	BPF_MAP_TYPE_ARRAY = 2,
+	BPF_MAP_TYPE_PERF_EVENT_ARRAY = 4,
 	BPF_MAP_TYPE_LRU_HASH = 9,
 	BPF_MAP_TYPE_TASK_STORAGE = 29,
 };
@@ -40,6 +41,9 @@ enum {
 	BPF_F_NO_PREALLOC = 1U << 0,
 	BPF_F_MMAPABLE = 1U << 10,
 	BPF_LOCAL_STORAGE_GET_F_CREATE = 1U << 0,
+};
+enum {
+	BPF_F_CURRENT_CPU = 0xffffffffULL,
 };
 
 #include <bpf/bpf_helpers.h>
@@ -54,6 +58,25 @@ enum {
 	__builtin_preserve_field_info(((type *)0)->field, BPF_FIELD_BYTE_OFFSET)
 
 #define KERNEL_TYPE __attribute__((preserve_access_index))
+
+/*
+ * The current task, and a field of it or of what it points to. Before 5.11 (commit 3ca1032ab7ab) it is only an
+ * address, whose fields are read by a helper; an argument of a tracepoint is a pointer on all kernels.
+ *
+ * A function that is not static is looked at by itself, once, for any arguments; before 5.13 (commit
+ * e5069b9c23b3) these may only be numbers.
+ */
+#ifdef OLD_KERNELS
+#define CURRENT_TASK() ((struct task_struct *)bpf_get_current_task())
+#define FIELD(pointer, field) BPF_CORE_READ(pointer, field)
+#define FIELD_OF(pointer, first, second) BPF_CORE_READ(pointer, first, second)
+#define GLOBAL static __noinline
+#else
+#define CURRENT_TASK() bpf_get_current_task_btf()
+#define FIELD(pointer, field) (pointer)->field
+#define FIELD_OF(pointer, first, second) (pointer)->first->second
+#define GLOBAL __noinline
+#endif
 #define CACHE_LINE 64
 
 /* The compiler's idea of these layouts is replaced at load, so their holes mean nothing. */
@@ -177,7 +200,7 @@ struct files_struct {
 struct thread_struct {
 	unsigned long fsbase;
 } KERNEL_TYPE;
-#define THREAD_POINTER(task) ((task)->thread.fsbase)
+#define THREAD_POINTER(task) FIELD(task, thread.fsbase)
 #else
 struct thread_uw {
 	unsigned long tp_value;
@@ -185,7 +208,7 @@ struct thread_uw {
 struct thread_struct {
 	struct thread_uw uw;
 } KERNEL_TYPE;
-#define THREAD_POINTER(task) ((task)->thread.uw.tp_value)
+#define THREAD_POINTER(task) FIELD(task, thread.uw.tp_value)
 #endif
 
 struct task_struct {

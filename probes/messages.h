@@ -60,8 +60,8 @@ static __always_inline __u64 advance(struct target_end *end, struct endpoint *kn
 		return receive ? known->received : known->sent;
 	}
 	if (receive)
-		return __sync_fetch_and_add(&known->received, length) + length;
-	return __sync_fetch_and_add(&known->sent, length) + length;
+		return ADD_TO(&known->received, length) + length;
+	return ADD_TO(&known->sent, length) + length;
 }
 
 static __always_inline bool starts_turn(struct endpoint *known, bool receive, __u64 start_ns,
@@ -98,10 +98,10 @@ enum {
  * One row of messages for one descriptor of the call in flight. Returns whether a record was written or
  * counted as lost.
  */
-__noinline int write_end(struct cpu_state *cpu, __u32 fd, __u32 length, __u64 duration_ns,
+GLOBAL int write_end(struct cpu_state *cpu, __u32 fd, __u32 length, __u64 duration_ns,
 				 __u32 flags_and_class)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_struct *task = CURRENT_TASK();
 	bool receive = flags_and_class & FLAG_RECEIVE, fresh = false;
 	__u8 shape = flags_and_class >> 16;
 	struct target_end end;
@@ -175,9 +175,9 @@ __noinline int sum_headers(__u64 headers, __u32 count)
 }
 
 /* Meets what a call made, before anything can move over it. */
-__noinline int meet_new(struct cpu_state *cpu, __u32 class, __u32 result, __u64 fourth)
+GLOBAL int meet_new(struct cpu_state *cpu, __u32 class, __u32 result, __u64 fourth)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_struct *task = CURRENT_TASK();
 	struct target_end end;
 	int fds[2] = {};
 
@@ -259,7 +259,7 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 
 /* Meets what recorded processes have open, so that it is known before their next call. */
 SEC("iter/task_file")
-int on_list_files(struct bpf_iter__task_file *ctx)
+int WRITES_AT(LEVEL_TASK, on_list_files, struct bpf_iter__task_file *ctx)
 {
 	struct task_struct *task = ctx->task;
 	struct file *file = ctx->file;

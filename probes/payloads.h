@@ -99,7 +99,7 @@ static __always_inline struct payload *reserve_payload(struct cpu_state *cpu, __
 	return payload;
 }
 
-__noinline int write_payload(struct cpu_state *cpu, __u64 hot_index, __u32 length, __u8 shape)
+GLOBAL int write_payload(struct cpu_state *cpu, __u64 hot_index, __u32 length, __u8 shape)
 {
 	__u64 vectors, count, base, index;
 	struct payload *payload;

@@ -59,7 +59,7 @@ static __always_inline void inherit_interpreter(__u32 parent, __u32 child)
 }
 
 SEC("tp_btf/sched_process_fork")
-int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
+int WRITES(on_fork, struct task_struct *parent, struct task_struct *child)
 {
 	struct cpu_state *cpu = this_cpu();
 	bool thread = parent->tgid == child->tgid;
@@ -69,6 +69,7 @@ int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 
 	if (!cpu)
 		return 0;
+	forget_before(child);
 	record = record_of(parent);
 	if (record ? record->phase == PHASE_DORMANT || (!thread && !follow_children)
 		   : !record_everything || parent->tgid == recorder_tgid)
@@ -98,7 +99,7 @@ static __always_inline void forget_interpreter(__u32 tgid)
 }
 
 SEC("tp_btf/sched_process_exec")
-int BPF_PROG(on_exec, struct task_struct *task, int old_tid, struct linux_binprm *bprm)
+int WRITES(on_exec, struct task_struct *task, int old_tid, struct linux_binprm *bprm)
 {
 	struct cpu_state *cpu = this_cpu();
 	struct task_record *record = record_of(task);
@@ -141,12 +142,7 @@ int BPF_PROG(on_exec, struct task_struct *task, int old_tid, struct linux_binprm
  */
 static __always_inline bool ends_process(struct task_struct *task)
 {
-	struct task_record *leader;
-
-	if (task->signal->live.counter)
-		return false;
-	leader = record_of(task->group_leader);
-	return !leader || !__sync_lock_test_and_set(&leader->ended, 1);
+	return !task->signal->live.counter && is_first_to_end(task->group_leader);
 }
 
 /* What the parent gets from wait: as wait_task_zombie() finds it. */
@@ -158,7 +154,7 @@ static __always_inline int wait_status(struct task_struct *task)
 }
 
 SEC("tp_btf/sched_process_exit")
-int BPF_PROG(on_exit, struct task_struct *task)
+int WRITES(on_exit, struct task_struct *task)
 {
 	struct cpu_state *cpu = this_cpu();
 	struct task_record *record = record_of(task);

@@ -94,7 +94,7 @@ static __always_inline __u64 epoch_of(__u32 tgid)
 
 static __always_inline __u32 birth_of(struct task_struct *task)
 {
-	return task->group_leader->start_boottime >> 10;
+	return FIELD_OF(task, group_leader, start_boottime) >> 10;
 }
 
 /* ---- walking --------------------------------------------------------------------------------------- */
@@ -159,7 +159,7 @@ static __always_inline __u64 first_frame(struct walk *walk, struct interpreter *
  * A function of its own, whose state is all in memory: the verifier looks at it once, instead of once per
  * frame and way through it.
  */
-__noinline int take_frame(struct walk *walk, struct interpreter *python)
+GLOBAL int take_frame(struct walk *walk, struct interpreter *python)
 {
 	__u64 code, instruction;
 	__u32 count, offset;
@@ -197,7 +197,7 @@ __noinline int take_frame(struct walk *walk, struct interpreter *python)
 }
 
 /* From walk->state fills walk->frames and walk->hash; returns how many frames. */
-__noinline int walk_frames(struct walk *walk, struct interpreter *python)
+GLOBAL int walk_frames(struct walk *walk, struct interpreter *python)
 {
 	__u32 i;
 
@@ -250,7 +250,7 @@ static __always_inline void find_text(struct interpreter *python, __u64 object, 
 }
 
 /* One of the further slots of a long line table, whose first one is in walk->code. Returns whether it is told. */
-__noinline int write_lines(struct cpu_state *cpu, struct walk *walk, __u32 part)
+GLOBAL int write_lines(struct cpu_state *cpu, struct walk *walk, __u32 part)
 {
 	struct code_part *more;
 	__u64 index, rest;
@@ -329,7 +329,7 @@ static __always_inline int write_code(struct cpu_state *cpu, struct walk *walk, 
 }
 
 /* Tells the code object of a frame, if it was not told before. Returns whether it is told. */
-__noinline int tell_code(struct cpu_state *cpu, struct walk *walk, struct interpreter *python, __u32 number)
+GLOBAL int tell_code(struct cpu_state *cpu, struct walk *walk, struct interpreter *python, __u32 number)
 {
 	struct code_key key = {};
 	__u32 told = 1;
@@ -348,7 +348,7 @@ __noinline int tell_code(struct cpu_state *cpu, struct walk *walk, struct interp
 }
 
 /* One slot of a stack's frames. Returns whether it is told. */
-__noinline int write_part(struct cpu_state *cpu, struct walk *walk, __u32 number)
+GLOBAL int write_part(struct cpu_state *cpu, struct walk *walk, __u32 number)
 {
 	struct stack_part *part;
 	__u32 first, frames;
@@ -379,7 +379,7 @@ __noinline int write_part(struct cpu_state *cpu, struct walk *walk, __u32 number
 }
 
 /* The record of a stack, with those of its code objects that were not told before. */
-__noinline int tell_stack(struct cpu_state *cpu, struct walk *walk, struct interpreter *python)
+GLOBAL int tell_stack(struct cpu_state *cpu, struct walk *walk, struct interpreter *python)
 {
 	__u32 number, told = 1;
 
@@ -420,10 +420,10 @@ static __always_inline __u64 read_state(struct cpu_state *cpu, struct walk *walk
 }
 
 /* The current thread's Python stack and context; 0: it has none, or it could not be read. */
-__noinline int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 interrupt)
+GLOBAL int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 interrupt)
 {
 	__u32 index = bpf_get_smp_processor_id() * WALKS + (interrupt & 1);
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_struct *task = CURRENT_TASK();
 	struct interpreter *python;
 	struct walk *walk;
 	__u64 state;
@@ -440,7 +440,7 @@ __noinline int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 in
 		return 0;
 	sample->context =
 		number_context(cpu, python, state, state_field(walk, python, python->tstate_context));
-	walk->tgid = task->tgid;
+	walk->tgid = FIELD(task, tgid);
 	walk->born = birth_of(task);
 	walk->hash = mix_hash(epoch_of(walk->tgid), (__u64)walk->tgid << 32 | walk->born);
 	count = walk_frames(walk, python);
@@ -456,7 +456,7 @@ __noinline int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 in
 }
 
 /* `instruction`: where the clock interrupted user space, 0: the kernel. */
-__noinline int take_sample(struct cpu_state *cpu, __u32 reason, __u64 time_ns, __u64 duration_ns,
+GLOBAL int take_sample(struct cpu_state *cpu, __u32 reason, __u64 time_ns, __u64 duration_ns,
 			   __u64 instruction)
 {
 	__u64 identity = bpf_get_current_pid_tgid(), index;
@@ -488,14 +488,14 @@ __noinline int take_sample(struct cpu_state *cpu, __u32 reason, __u64 time_ns, _
 
 /* The sampling clock ticked. */
 SEC("perf_event")
-int on_tick(__u64 *words)
+int WRITES_AT(LEVEL_CLOCK, on_tick, __u64 *words)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_struct *task = CURRENT_TASK();
 	struct cpu_state *cpu = this_cpu();
 	struct task_record *record;
 	__u64 instruction = TICK_IN_USER_MODE(words) ? TICK_INSTRUCTION(words) : 0;
 
-	if (!cpu || !python_wanted || !task->pid)
+	if (!cpu || !python_wanted || !FIELD(task, pid))
 		return 0;
 	if (cpu->task == (__u64)task) {
 		if (!cpu->recorded)
@@ -513,10 +513,10 @@ int on_tick(__u64 *words)
 SEC("uprobe")
 int on_code_freed(struct pt_regs *regs)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_struct *task = CURRENT_TASK();
 	struct cpu_state *cpu = this_cpu();
-	struct code_key key = {.code = FUNCTION_ARG0(regs), .tgid = task->tgid, .born = birth_of(task)};
-	__u32 index = task->tgid & (EPOCHS - 1);
+	struct code_key key = {.code = FUNCTION_ARG0(regs), .tgid = FIELD(task, tgid), .born = birth_of(task)};
+	__u32 index = key.tgid & (EPOCHS - 1);
 	__u64 *epoch;
 
 	if (!cpu || !interpreter_here(cpu, task) || !bpf_map_lookup_elem(&codes_told, &key))
