@@ -37,6 +37,8 @@ enum {
 	MAX_QUEUED_BUFFERS = 256,
 };
 
+#define QUEUE_TOO_LONG 0xffffffffffffffffULL
+
 /* One end of a connection, or both ends of a pipe. The key is the address of the socket or pipe. */
 struct endpoint {
 	__u64 inode;
@@ -101,35 +103,31 @@ static __always_inline bool resolve(struct task_struct *task, __u32 fd, struct t
 	return file && resolve_file(file, end);
 }
 
-/* Bytes that wait in a Unix stream socket's queue; false if the queue is too long to walk. */
-GLOBAL int queued_in_socket(__u64 key, __u64 *bytes)
+/* Bytes that wait in a Unix stream socket's queue; QUEUE_TOO_LONG if it is too long to walk. */
+__noinline __u64 queued_in_socket(__u64 key)
 {
 	struct sock *sk = (struct sock *)key;
 	struct sk_buff *head, *skb;
 	__u64 total = 0;
 	int i;
 
-	if (!bytes)
-		return false;
 	head = (struct sk_buff *)((void *)sk + FIELD_OFFSET(struct sock, sk_receive_queue));
 	skb = BPF_CORE_READ(sk, sk_receive_queue.next);
 	for (i = 0; i < MAX_QUEUED_BUFFERS; i++) {
 		__u32 consumed = 0;
 
-		if (skb == head || !skb) {
-			*bytes = total;
-			return true;
-		}
+		if (skb == head || !skb)
+			return total;
 		bpf_probe_read_kernel(&consumed, sizeof(consumed),
 				      (void *)skb + FIELD_OFFSET(struct sk_buff, cb) +
 					      FIELD_OFFSET(struct unix_skb_parms, consumed));
 		total += BPF_CORE_READ(skb, len) - consumed;
 		skb = BPF_CORE_READ(skb, next);
 	}
-	return false;
+	return QUEUE_TOO_LONG;
 }
 
-GLOBAL int queued_in_pipe(__u64 key, __u64 *bytes)
+__noinline __u64 queued_in_pipe(__u64 key)
 {
 	struct pipe_inode_info *pipe = (struct pipe_inode_info *)key;
 	__u32 head = BPF_CORE_READ(pipe, head), tail = BPF_CORE_READ(pipe, tail);
@@ -139,16 +137,12 @@ GLOBAL int queued_in_pipe(__u64 key, __u64 *bytes)
 	__u64 total = 0;
 	int i;
 
-	if (!bytes)
-		return false;
 	for (i = 0; i < MAX_QUEUED_BUFFERS; i++, tail++) {
-		if (tail == head) {
-			*bytes = total;
-			return true;
-		}
+		if (tail == head)
+			return total;
 		total += BPF_CORE_READ((struct pipe_buffer *)((void *)buffers + (tail & mask) * size), len);
 	}
-	return false;
+	return QUEUE_TOO_LONG;
 }
 
 static __always_inline __u64 unix_peer(__u64 key)
@@ -202,10 +196,15 @@ static __always_inline bool is_current(struct target_end *end, struct endpoint *
 static __always_inline void measure_unix(__u64 key, struct endpoint *fresh, __u64 peer_key,
 					 struct endpoint *other)
 {
-	__u64 incoming = 0, outgoing = 0, inode = socket_inode((struct sock *)peer_key);
+	__u64 incoming = QUEUE_TOO_LONG, outgoing = QUEUE_TOO_LONG;
+	__u64 inode = socket_inode((struct sock *)peer_key);
 	struct endpoint *peer;
 
-	if (!peer_key || !queued_in_socket(key, &incoming) || !queued_in_socket(peer_key, &outgoing)) {
+	if (peer_key) {
+		incoming = queued_in_socket(key);
+		outgoing = queued_in_socket(peer_key);
+	}
+	if (incoming == QUEUE_TOO_LONG || outgoing == QUEUE_TOO_LONG) {
 		fresh->inexact = 1;
 		return;
 	}
@@ -271,7 +270,8 @@ GLOBAL int meet(struct target_end *end, bool idle)
 	fresh.sent_measured_ns = fresh.received_measured_ns = bpf_ktime_get_ns();
 	if (end->is_pipe) {
 		fresh.kind = ENDPOINT_PIPE;
-		if (queued_in_pipe(key, &queued))
+		queued = queued_in_pipe(key);
+		if (queued != QUEUE_TOO_LONG)
 			fresh.sent += queued;
 		else
 			fresh.inexact = 1;
@@ -322,8 +322,9 @@ GLOBAL int measure_again(__u64 key, struct endpoint *end, bool receive, __u32 le
 		if (!receive)
 			queue = peer_key;
 	}
-	if (!peer || !(end->kind == ENDPOINT_UNIX ? queued_in_socket(queue, &queued)
-						  : queued_in_pipe(queue, &queued))) {
+	if (peer)
+		queued = end->kind == ENDPOINT_UNIX ? queued_in_socket(queue) : queued_in_pipe(queue);
+	if (!peer || queued == QUEUE_TOO_LONG) {
 		end->inexact = 1;
 		return 0;
 	}

@@ -25,16 +25,12 @@
 
 #include "state.h"
 
+/* A level is the number of its stage; that of tasks has those before. */
 enum {
 	LEVEL_TASK = 0,
-	LEVEL_PROGRAM = 1,
-	LEVEL_CLOCK = 2,
-};
-
-enum stages {
 	TASK_STAGES = 4,
-	PROGRAM_STAGE = TASK_STAGES,
-	CLOCK_STAGE,
+	LEVEL_PROGRAM = TASK_STAGES,
+	LEVEL_CLOCK,
 	STAGES,
 	STAGE_NUMBERS = 8, /* a power of two from STAGES on */
 	STAGED_HOT = 16,
@@ -74,6 +70,7 @@ struct stage {
 	__u64 claims;
 	__u64 owner; /* tgid and tid; 0: none */
 	__u64 numbers; /* ever given here */
+	__u64 number; /* its own: loaded, so that the verifier takes each for the same */
 	__u32 hot;
 	__u32 wide;
 };
@@ -136,18 +133,16 @@ static __always_inline struct staging *this_staging(void)
 /* The stage of the program that runs now, STAGES: it has none. */
 static __always_inline __u32 stage_here(struct staging *staging)
 {
+	__u32 level = staging->level, i;
 	__u64 owner;
-	__u32 i;
 
-	if (staging->level == LEVEL_PROGRAM)
-		return PROGRAM_STAGE;
-	if (staging->level == LEVEL_CLOCK)
-		return CLOCK_STAGE;
+	if (level != LEVEL_TASK)
+		return level;
 	owner = bpf_get_current_pid_tgid();
 #pragma clang loop unroll(full)
 	for (i = 0; i < TASK_STAGES; i++)
 		if (staging->stages[i].owner == owner)
-			return i;
+			return staging->stages[i].number;
 	return STAGES;
 }
 
@@ -234,18 +229,16 @@ static __always_inline void count_unsent(struct cpu_state *cpu, struct call *rec
 		count_loss(cpu, loss);
 }
 
-/* Sends what a stage has: payloads before their messages. */
-static __noinline int send_stage(void *context, struct staging *staging, __u32 number)
+/* Sends what a stage has. */
+static __always_inline int send_up_to(__u32 limit, void *context, struct staging *staging, __u32 number)
 {
 	struct cpu_state *cpu = this_cpu();
-	struct stage *stage;
 	void *record;
 	__u32 i, at;
 
 	if (!cpu || !staging || number >= STAGES)
 		return 0;
-	stage = &staging->stages[number];
-	for (i = 0; i < STAGED_WIDE && i < stage->wide; i++) {
+	for (i = 0; i < limit && i < staging->stages[number].wide; i++) {
 		at = staged_wide_at(number, i);
 		record = bpf_map_lookup_elem(&staged_wide, &at);
 		if (!record)
@@ -255,7 +248,29 @@ static __noinline int send_stage(void *context, struct staging *staging, __u32 n
 			count_unsent(cpu, record);
 		}
 	}
-	for (i = 0; i < STAGED_HOT && i < stage->hot; i++) {
+	staging->stages[number].wide = 0;
+	return 0;
+}
+
+static __noinline int send_wide(void *context, struct staging *staging, __u32 number)
+{
+	return send_up_to(STAGED_WIDE, context, staging, number);
+}
+
+static __noinline int send_few_wide(void *context, struct staging *staging, __u32 number)
+{
+	return send_up_to(STAGED_WIDE_TASK, context, staging, number);
+}
+
+static __noinline int send_hot(void *context, struct staging *staging, __u32 number)
+{
+	struct cpu_state *cpu = this_cpu();
+	void *record;
+	__u32 i, at;
+
+	if (!cpu || !staging || number >= STAGES)
+		return 0;
+	for (i = 0; i < STAGED_HOT && i < staging->stages[number].hot; i++) {
 		at = staged_hot_at(number, i);
 		record = bpf_map_lookup_elem(&staged_hot, &at);
 		if (!record)
@@ -265,7 +280,7 @@ static __noinline int send_stage(void *context, struct staging *staging, __u32 n
 			count_unsent(cpu, record);
 		}
 	}
-	stage->wide = stage->hot = 0;
+	staging->stages[number].hot = 0;
 	return 0;
 }
 
@@ -287,6 +302,7 @@ static __always_inline __u64 begin_level(__u64 level)
 		__sync_fetch_and_add(&staging->stages[i].claims, 1);
 		barrier();
 		if (*(volatile __u64 *)&staging->stages[i].claims == 1) {
+			staging->stages[i].number = i;
 			staging->stages[i].owner = bpf_get_current_pid_tgid();
 			break;
 		}
@@ -308,8 +324,13 @@ static __always_inline void end_level(void *context, __u64 level, __u64 before)
 	if (number >= STAGES)
 		return;
 	stage = &staging->stages[number];
-	if (stage->wide || stage->hot)
-		send_stage(context, staging, number);
+	/* a payload before its message */
+	if (stage->wide && level == LEVEL_TASK)
+		send_few_wide(context, staging, number);
+	else if (stage->wide)
+		send_wide(context, staging, number);
+	if (stage->hot)
+		send_hot(context, staging, number);
 	if (level != LEVEL_TASK) {
 		staging->level = before;
 		return;

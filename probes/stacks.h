@@ -38,6 +38,8 @@ struct walk {
 	__u32 born; /* of the process: its number may be another's later */
 	__u32 taken; /* frames */
 	__u32 truncated;
+	__u32 interpreter; /* its element */
+	__u32 number; /* of this walk */
 	__u32 reserved;
 	__u64 lines; /* of the code object that is being told: where its line table is */
 	struct code_part code;
@@ -96,6 +98,23 @@ static __always_inline __u32 birth_of(struct task_struct *task)
 {
 	return FIELD_OF(task, group_leader, start_boottime) >> 10;
 }
+
+/*
+ * What the functions get that are called for each frame. Where they may only be given numbers (see GLOBAL) they
+ * look the rest up again: else the verifier would look at them for each frame.
+ */
+#ifdef OLD_KERNELS
+#define WALK_ARGUMENTS walk->number
+#define WALK_PARAMETERS __u32 walk_number
+#define FIND_WALK()                                                                             \
+	struct walk *walk = bpf_map_lookup_elem(&walks, &walk_number);                          \
+	struct interpreter *python = walk ? interpreter_at(walk->interpreter) : NULL;           \
+	struct cpu_state *cpu __attribute__((unused)) = this_cpu()
+#else
+#define WALK_ARGUMENTS cpu, walk, python
+#define WALK_PARAMETERS struct cpu_state *cpu, struct walk *walk, struct interpreter *python
+#define FIND_WALK()
+#endif
 
 /* ---- walking --------------------------------------------------------------------------------------- */
 
@@ -159,8 +178,9 @@ static __always_inline __u64 first_frame(struct walk *walk, struct interpreter *
  * A function of its own, whose state is all in memory: the verifier looks at it once, instead of once per
  * frame and way through it.
  */
-GLOBAL int take_frame(struct walk *walk, struct interpreter *python)
+__noinline int take_frame(WALK_PARAMETERS)
 {
+	FIND_WALK();
 	__u64 code, instruction;
 	__u32 count, offset;
 	char *at;
@@ -197,7 +217,7 @@ GLOBAL int take_frame(struct walk *walk, struct interpreter *python)
 }
 
 /* From walk->state fills walk->frames and walk->hash; returns how many frames. */
-GLOBAL int walk_frames(struct walk *walk, struct interpreter *python)
+GLOBAL int walk_frames(struct cpu_state *cpu, struct walk *walk, struct interpreter *python)
 {
 	__u32 i;
 
@@ -208,7 +228,7 @@ GLOBAL int walk_frames(struct walk *walk, struct interpreter *python)
 	copy_data_stack(walk, python);
 	/* shims are passed over, so that there may be more frames than are kept */
 	for (i = 0; i < 2 * STACK_FRAMES && walk->next; i++)
-		if (!take_frame(walk, python))
+		if (!take_frame(WALK_ARGUMENTS))
 			return 0;
 	if (walk->next)
 		walk->truncated = 1;
@@ -329,8 +349,9 @@ static __always_inline int write_code(struct cpu_state *cpu, struct walk *walk, 
 }
 
 /* Tells the code object of a frame, if it was not told before. Returns whether it is told. */
-GLOBAL int tell_code(struct cpu_state *cpu, struct walk *walk, struct interpreter *python, __u32 number)
+__noinline int tell_code(WALK_PARAMETERS, __u32 number)
 {
+	FIND_WALK();
 	struct code_key key = {};
 	__u32 told = 1;
 
@@ -386,7 +407,7 @@ GLOBAL int tell_stack(struct cpu_state *cpu, struct walk *walk, struct interpret
 	if (!cpu || !walk || !python)
 		return 0;
 	for (number = 0; number < STACK_FRAMES && number < walk->taken; number++)
-		if (!tell_code(cpu, walk, python, number))
+		if (!tell_code(WALK_ARGUMENTS, number))
 			goto lost;
 	for (number = 0; number < STACK_PARTS && number * STACK_PART_FRAMES < walk->taken; number++)
 		if (!write_part(cpu, walk, number))
@@ -422,7 +443,7 @@ static __always_inline __u64 read_state(struct cpu_state *cpu, struct walk *walk
 /* The current thread's Python stack and context; 0: it has none, or it could not be read. */
 GLOBAL int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 interrupt)
 {
-	__u32 index = bpf_get_smp_processor_id() * WALKS + (interrupt & 1);
+	__u32 index = bpf_get_smp_processor_id() * WALKS + (interrupt & 1), element;
 	struct task_struct *task = CURRENT_TASK();
 	struct interpreter *python;
 	struct walk *walk;
@@ -432,9 +453,14 @@ GLOBAL int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 interr
 	if (!cpu || !sample)
 		return 0;
 	walk = bpf_map_lookup_elem(&walks, &index);
-	python = interpreter_at(interpreter_here(cpu, task));
+	element = interpreter_here(cpu, task);
+	python = interpreter_at(element);
 	if (!walk || !python || !(python->flags & INTERPRETER_STACKS))
 		return 0;
+#ifdef OLD_KERNELS
+	walk->number = index;
+	walk->interpreter = element;
+#endif
 	state = read_state(cpu, walk, python, task);
 	if (!state)
 		return 0;
@@ -443,7 +469,7 @@ GLOBAL int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 interr
 	walk->tgid = FIELD(task, tgid);
 	walk->born = birth_of(task);
 	walk->hash = mix_hash(epoch_of(walk->tgid), (__u64)walk->tgid << 32 | walk->born);
-	count = walk_frames(walk, python);
+	count = walk_frames(cpu, walk, python);
 	if (count <= 0)
 		return 0;
 	if (!bpf_map_lookup_elem(&stacks_told, &walk->hash)) {
