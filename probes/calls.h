@@ -362,7 +362,7 @@ struct try_block {
 };
 
 /* Up to 3.10: whether a block of the frame would take an exception. */
-static __always_inline bool handles_exceptions(struct call_watch *watch, __u64 frame)
+static __noinline bool handles_exceptions(struct call_watch *watch, __u64 frame)
 {
 	struct try_block blocks[MAX_BLOCKS];
 	__s32 count = 0;

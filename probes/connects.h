@@ -55,8 +55,9 @@ static __always_inline void read_remote(struct connect *connect, __u64 address, 
 }
 
 /* A row of connects for the call in flight. */
-GLOBAL int write_connect(struct cpu_state *cpu, __s32 result, __u64 duration_ns, __u32 status)
+__noinline int write_connect(OF_CPU __s32 result, __u64 duration_ns, __u32 status)
 {
+	FIND_CPU();
 	struct task_struct *task = CURRENT_TASK();
 	struct connect *connect;
 	struct target_end end;

@@ -46,6 +46,11 @@ enum {
 	BPF_F_CURRENT_CPU = 0xffffffffULL,
 };
 
+/* What the running kernel's BTF is asked for: whether it has a helper. */
+enum bpf_func_id {
+	BPF_FUNC_task_pt_regs = 175,
+};
+
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_tracing.h>
@@ -87,13 +92,20 @@ enum {
 
 #if defined(__TARGET_ARCH_x86)
 struct pt_regs {
-	unsigned long bx, cx, dx, si, di, ax, r8, r10, orig_ax, sp;
+	unsigned long bx, cx, dx, si, di, ax, r8, r10, orig_ax, sp, cs;
 } KERNEL_TYPE;
 #define SYSCALL_NUMBER(regs) ((long)(regs)->orig_ax)
 #define SYSCALL_ARG0(regs) ((regs)->di)
 #define SYSCALL_ARG1(regs) ((regs)->si)
 #define SYSCALL_ARG2(regs) ((regs)->dx)
 #define SYSCALL_ARG3(regs) ((regs)->r10)
+/* The same of registers that are not an argument of a program. */
+#define SAVED(regs, field) BPF_CORE_READ(regs, field)
+#define SAVED_IN_USER_MODE(regs) ((SAVED(regs, cs) & 3) == 3)
+#define SYSCALL_NUMBER_FIELD orig_ax
+#define SYSCALL_ARG0_FIELD di
+#define SYSCALL_ARG1_FIELD si
+#define SYSCALL_ARG2_FIELD dx
 /* 32-bit calls on a 64-bit kernel have their arguments elsewhere (arch/x86/include/asm/syscall.h). */
 #define COMPAT_ARG0(regs) ((__u32)(regs)->bx)
 #define COMPAT_ARG1(regs) ((__u32)(regs)->cx)
@@ -114,6 +126,7 @@ struct pt_regs {
 struct pt_regs {
 	__u64 regs[31];
 	__u64 sp;
+	__u64 pstate;
 	__u64 orig_x0;
 	__s32 syscallno;
 } KERNEL_TYPE;
@@ -122,6 +135,12 @@ struct pt_regs {
 #define SYSCALL_ARG1(regs) ((regs)->regs[1])
 #define SYSCALL_ARG2(regs) ((regs)->regs[2])
 #define SYSCALL_ARG3(regs) ((regs)->regs[3])
+#define SAVED(regs, field) BPF_CORE_READ(regs, field)
+#define SAVED_IN_USER_MODE(regs) ((SAVED(regs, pstate) & 15) == 0)
+#define SYSCALL_NUMBER_FIELD syscallno
+#define SYSCALL_ARG0_FIELD orig_x0
+#define SYSCALL_ARG1_FIELD regs[1]
+#define SYSCALL_ARG2_FIELD regs[2]
 #define COMPAT_ARG0(regs) ((__u32)(regs)->orig_x0)
 #define COMPAT_ARG1(regs) ((__u32)(regs)->regs[1])
 #define COMPAT_ARG2(regs) ((__u32)(regs)->regs[2])
@@ -212,6 +231,7 @@ struct thread_struct {
 #endif
 
 struct task_struct {
+	void *stack;
 	struct thread_struct thread;
 	struct thread_info thread_info;
 	unsigned int __state;

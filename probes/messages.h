@@ -98,9 +98,10 @@ enum {
  * One row of messages for one descriptor of the call in flight. Returns whether a record was written or
  * counted as lost.
  */
-GLOBAL int write_end(struct cpu_state *cpu, __u32 fd, __u32 length, __u64 duration_ns,
+__noinline int write_end(OF_CPU __u32 fd, __u32 length, __u64 duration_ns,
 				 __u32 flags_and_class)
 {
+	FIND_CPU();
 	struct task_struct *task = CURRENT_TASK();
 	bool receive = flags_and_class & FLAG_RECEIVE, fresh = false;
 	__u8 shape = flags_and_class >> 16;
@@ -140,7 +141,7 @@ GLOBAL int write_end(struct cpu_state *cpu, __u32 fd, __u32 length, __u64 durati
 			count_loss(cpu, LOSS_SYSCALLS);
 		return true;
 	}
-	if ((flags & FLAG_TURN) && payload_limit && length && write_payload(cpu, index, length, shape))
+	if ((flags & FLAG_TURN) && payload_limit && length && write_payload(WITH_CPU index, length, shape))
 		flags |= FLAG_PAYLOAD;
 	message->number = cpu->flight.number;
 	message->kind = flags_and_class & ALSO_CALL ? RECORD_MESSAGE_CALL : RECORD_MESSAGE;
@@ -175,8 +176,9 @@ __noinline int sum_headers(__u64 headers, __u32 count)
 }
 
 /* Meets what a call made, before anything can move over it. */
-GLOBAL int meet_new(struct cpu_state *cpu, __u32 class, __u32 result, __u64 fourth)
+__noinline int meet_new(OF_CPU __u32 class, __u32 result, __u64 fourth)
 {
+	FIND_CPU();
 	struct task_struct *task = CURRENT_TASK();
 	struct target_end end;
 	int fds[2] = {};
@@ -224,7 +226,7 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 		return false;
 	if (result < 0) {
 		if (class == MESSAGE_BIRTH_FIRST)
-			write_connect(cpu, result, duration_ns, status);
+			write_connect(WITH_CPU result, duration_ns, status);
 		return false;
 	}
 	/* the compiler would merge this load with one of `flight`; the verifier wants them apart */
@@ -232,13 +234,13 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 	asm volatile("" : "+r"(arg3));
 	if (class >= MESSAGE_BIRTH_RESULT) {
 		if (class == MESSAGE_BIRTH_FIRST)
-			write_connect(cpu, result, duration_ns, status);
-		meet_new(cpu, class, result, arg3);
+			write_connect(WITH_CPU result, duration_ns, status);
+		meet_new(WITH_CPU class, result, arg3);
 		return false;
 	}
 	if (shape == MESSAGE_SPLICE) {
-		write_end(cpu, flight->arg0, length, duration_ns, flags | FLAG_RECEIVE);
-		write_end(cpu, flight->arg2, length, duration_ns, flags);
+		write_end(WITH_CPU flight->arg0, length, duration_ns, flags | FLAG_RECEIVE);
+		write_end(WITH_CPU flight->arg2, length, duration_ns, flags);
 		return false;
 	}
 	if (shape == MESSAGE_HEADERS)
@@ -254,7 +256,7 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 	/* one record for both rows, if it can hold all of the call */
 	if (record_syscalls && length == result && !(flight->arg0 >> 32) && !(flight->arg2 >> 32))
 		flags |= ALSO_CALL;
-	return write_end(cpu, flight->arg0, length, duration_ns, flags) && flags & ALSO_CALL;
+	return write_end(WITH_CPU flight->arg0, length, duration_ns, flags) && flags & ALSO_CALL;
 }
 
 /* Meets what recorded processes have open, so that it is known before their next call. */

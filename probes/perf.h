@@ -35,9 +35,9 @@ enum {
 	STAGE_NUMBERS = 8, /* a power of two from STAGES on */
 	STAGED_HOT = 16,
 	STAGED_WIDE = 256,
-	STAGED_WIDE_TASK = 8,
+	STAGED_FEW = 8,
 	/* of all stages of a CPU */
-	STAGED_WIDE_IN_ALL = TASK_STAGES * STAGED_WIDE_TASK + 2 * STAGED_WIDE,
+	STAGED_WIDE_IN_ALL = TASK_STAGES * STAGED_FEW + 2 * STAGED_WIDE,
 };
 
 /* Bytes of a wide record, set by user space. */
@@ -148,15 +148,15 @@ static __always_inline __u32 stage_here(struct staging *staging)
 
 static __always_inline __u32 wide_room(__u32 stage)
 {
-	return stage < TASK_STAGES ? STAGED_WIDE_TASK : STAGED_WIDE;
+	return stage < TASK_STAGES ? STAGED_FEW : STAGED_WIDE;
 }
 
 static __always_inline __u32 staged_wide_at(__u32 stage, __u32 number)
 {
-	__u32 first = stage * STAGED_WIDE_TASK;
+	__u32 first = stage * STAGED_FEW;
 
 	if (stage >= TASK_STAGES)
-		first = TASK_STAGES * STAGED_WIDE_TASK + (stage - TASK_STAGES) * STAGED_WIDE;
+		first = TASK_STAGES * STAGED_FEW + (stage - TASK_STAGES) * STAGED_WIDE;
 	return bpf_get_smp_processor_id() * STAGED_WIDE_IN_ALL + first + number;
 }
 
@@ -167,15 +167,16 @@ static __always_inline __u32 staged_hot_at(__u32 stage, __u32 number)
 
 /*
  * Room for a hot record, or NULL when the reader is behind. The caller fills it and ends with commit(). An
- * index that no other record has is left in *index; those of a CPU grow, but not by one.
+ * index that no other record has is left in *index; those of a CPU grow, but not by one. A function of its own
+ * for the stack: up to 6.8 all frames together are limited to 512 bytes, in steps of 32.
  */
-static __always_inline void *hot_reserve(struct cpu_state *cpu, __u64 *index)
+static __noinline void *hot_reserve(struct cpu_state *cpu, __u64 *index)
 {
 	struct staging *staging = this_staging();
 	struct stage *stage;
 	__u32 number, at;
 
-	if (!staging || cpu->hot_head - cpu->hot_tail - staging->hot_failed >= hot_slots - RING_MARGIN)
+	if (!cpu || !index || !staging || cpu->hot_head - cpu->hot_tail - staging->hot_failed >= hot_slots - RING_MARGIN)
 		return NULL;
 	number = stage_here(staging);
 	if (number >= STAGES)
@@ -252,14 +253,14 @@ static __always_inline int send_up_to(__u32 limit, void *context, struct staging
 	return 0;
 }
 
-static __noinline int send_wide(void *context, struct staging *staging, __u32 number)
+static __noinline int send_many(void *context, struct staging *staging, __u32 number)
 {
 	return send_up_to(STAGED_WIDE, context, staging, number);
 }
 
-static __noinline int send_few_wide(void *context, struct staging *staging, __u32 number)
+static __noinline int send_few(void *context, struct staging *staging, __u32 number)
 {
-	return send_up_to(STAGED_WIDE_TASK, context, staging, number);
+	return send_up_to(STAGED_FEW, context, staging, number);
 }
 
 static __noinline int send_hot(void *context, struct staging *staging, __u32 number)
@@ -312,7 +313,8 @@ static __always_inline __u64 begin_level(__u64 level)
 }
 
 /* The program ends. */
-static __always_inline void end_level(void *context, __u64 level, __u64 before)
+static __always_inline void end_level(void *context, __u64 level, __u64 before,
+				      int (*send)(void *, struct staging *, __u32))
 {
 	struct staging *staging = this_staging();
 	struct stage *stage;
@@ -325,10 +327,8 @@ static __always_inline void end_level(void *context, __u64 level, __u64 before)
 		return;
 	stage = &staging->stages[number];
 	/* a payload before its message */
-	if (stage->wide && level == LEVEL_TASK)
-		send_few_wide(context, staging, number);
-	else if (stage->wide)
-		send_wide(context, staging, number);
+	if (stage->wide)
+		send(context, staging, number);
 	if (stage->hot)
 		send_hot(context, staging, number);
 	if (level != LEVEL_TASK) {
@@ -340,8 +340,12 @@ static __always_inline void end_level(void *context, __u64 level, __u64 before)
 	__sync_fetch_and_add(&stage->claims, -1);
 }
 
-/* A program that writes records, at a tracepoint: as BPF_PROG(). */
-#define WRITES(name, args...)                                                                   \
+/* A program that writes a few records, at a tracepoint: as BPF_PROG(). */
+#define WRITES(name, args...) WRITES_UP_TO(few, name, ##args)
+/* Likewise, that may tell stacks. */
+#define WRITES_MANY(name, args...) WRITES_UP_TO(many, name, ##args)
+
+#define WRITES_UP_TO(count, name, args...)                                                      \
 	name(unsigned long long *ctx);                                                          \
 	static __always_inline typeof(name(0)) ____##name(unsigned long long *ctx, ##args);     \
 	typeof(name(0)) name(unsigned long long *ctx)                                           \
@@ -352,7 +356,7 @@ static __always_inline void end_level(void *context, __u64 level, __u64 before)
 		_Pragma("GCC diagnostic ignored \"-Wint-conversion\"")                          \
 		____##name(___bpf_ctx_cast(args));                                              \
 		_Pragma("GCC diagnostic pop")                                                   \
-		end_level(ctx, LEVEL_PROGRAM, before);                                          \
+		end_level(ctx, LEVEL_PROGRAM, before, send_##count);                            \
 		return 0;                                                                       \
 	}                                                                                       \
 	static __always_inline typeof(name(0)) ____##name(unsigned long long *ctx, ##args)
@@ -366,7 +370,7 @@ static __always_inline void end_level(void *context, __u64 level, __u64 before)
 		__u64 before = begin_level(level);                                              \
                                                                                                 \
 		____##name(ctx);                                                                \
-		end_level(ctx, level, before);                                                  \
+		end_level(ctx, level, before, level == LEVEL_TASK ? send_few : send_many);      \
 		return 0;                                                                       \
 	}                                                                                       \
 	static __always_inline typeof(name(0)) ____##name(context)

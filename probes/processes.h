@@ -235,11 +235,38 @@ static __always_inline __u32 wanted(struct task_struct *task)
 	return 0;
 }
 
+#ifdef OLD_KERNELS
+enum { KERNEL_STACK_BYTES = 16384 }; /* 4 pages; kernels with KASAN have more, and there no call is found */
+
+static __always_inline void find_call_in_stack(struct task_struct *task, struct flight *flight, __u64 since)
+{
+	void *end = task->stack + KERNEL_STACK_BYTES;
+	struct pt_regs *regs = (struct pt_regs *)(end - bpf_core_type_size(struct pt_regs));
+	long number = SAVED(regs, SYSCALL_NUMBER_FIELD);
+
+	if (!task->stack || !SAVED_IN_USER_MODE(regs) || number < 0)
+		return;
+	flight->number = number;
+	flight->arg0 = SAVED(regs, SYSCALL_ARG0_FIELD);
+	flight->arg1 = SAVED(regs, SYSCALL_ARG1_FIELD);
+	flight->arg2 = SAVED(regs, SYSCALL_ARG2_FIELD);
+	flight->start_ns = since;
+}
+#endif
+
 /* The call that a sleeping thread is inside of, whose entry was not seen; start_ns stays 0 for none. */
 static __always_inline void find_call(struct task_struct *task, struct flight *flight, __u64 since)
 {
-	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
+	struct pt_regs *regs;
 
+#ifdef OLD_KERNELS
+	/* before 5.15 (commit dd6e10fbd9fb): they are at the end of the kernel stack */
+	if (!bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs)) {
+		find_call_in_stack(task, flight, since);
+		return;
+	}
+#endif
+	regs = (struct pt_regs *)bpf_task_pt_regs(task);
 	if (SYSCALL_NUMBER(regs) < 0)
 		return; /* it waits for a page */
 	take_arguments(flight, (__u64)task, regs, SYSCALL_NUMBER(regs));

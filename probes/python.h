@@ -343,8 +343,8 @@ int WRITES_AT(LEVEL_TASK, on_got, struct pt_regs *regs)
  * A call of futex that waited for the GIL: its address lies within the struct that holds it. Whoever
  * gave the GIL up last stands in that struct.
  */
-static __always_inline void write_gil(struct cpu_state *cpu, struct interpreter *python, __u64 duration_ns,
-				      __u8 status)
+static __noinline int write_gil(struct cpu_state *cpu, struct interpreter *python, __u64 duration_ns,
+				__u8 status)
 {
 	__u64 index, holder = read_user_word(python->gil + python->gil_holder), thread;
 	struct gil *gil;
@@ -360,7 +360,7 @@ static __always_inline void write_gil(struct cpu_state *cpu, struct interpreter 
 	gil = hot_reserve(cpu, &index);
 	if (!gil) {
 		count_loss(cpu, LOSS_GIL);
-		return;
+		return 0;
 	}
 	gil->reserved0 = 0;
 	gil->kind = RECORD_GIL;
@@ -373,27 +373,30 @@ static __always_inline void write_gil(struct cpu_state *cpu, struct interpreter 
 	gil->reserved1 = 0;
 	gil->reserved2[0] = gil->reserved2[1] = gil->reserved2[2] = 0;
 	commit(&gil->sequence, index);
+	return 0;
 }
 
 /* A call of munmap: what was at that address is no greenlet's stack any more, nor the thread's. */
-static __always_inline void end_greenlet(struct cpu_state *cpu, struct interpreter *python)
+static __noinline int end_greenlet(struct cpu_state *cpu, struct interpreter *python)
 {
 	struct context_key key = {.address = cpu->flight.arg0 + 1, .tgid = cpu->tgid};
 	struct task_record *record;
 
 	if (!(python->flags & INTERPRETER_GREENLETS))
-		return;
+		return 0;
 	bpf_map_delete_elem(&contexts, &key);
 	record = record_of(CURRENT_TASK());
 	if (record && record->home == cpu->flight.arg0)
 		record->home = GONE;
+	return 0;
 }
 
 #include "stacks.h"
 
 /* After a call of a Python thread: what else there is to tell of it. */
-GLOBAL int after_call(struct cpu_state *cpu, __u64 duration_ns, __u32 status)
+__noinline int after_call(OF_CPU __u64 duration_ns, __u32 status)
 {
+	FIND_CPU();
 	struct interpreter *python;
 	__u64 waited_ns;
 
@@ -410,9 +413,9 @@ GLOBAL int after_call(struct cpu_state *cpu, __u64 duration_ns, __u32 status)
 	if (cpu->flight.number == munmap_number)
 		end_greenlet(cpu, python);
 	if (record_samples && waited_ns >= long_wait_ns)
-		take_sample(cpu, SAMPLE_WAIT, cpu->flight.start_ns, waited_ns, 0);
+		take_sample(WITH_CPU SAMPLE_WAIT, cpu->flight.start_ns, waited_ns, 0);
 	else if (record_samples && cpu->turned)
-		take_sample(cpu, SAMPLE_MESSAGE, cpu->flight.start_ns, duration_ns, 0);
+		take_sample(WITH_CPU SAMPLE_MESSAGE, cpu->flight.start_ns, duration_ns, 0);
 	cpu->turned = 0;
 	return 0;
 }

@@ -35,6 +35,7 @@ struct {
 
 /* A program that writes records, at a tracepoint or elsewhere. Here it needs nothing for that. */
 #define WRITES(name, args...) BPF_PROG(name, ##args)
+#define WRITES_MANY(name, args...) BPF_PROG(name, ##args)
 #define WRITES_AT(level, name, context) name(context)
 
 /*

@@ -129,7 +129,7 @@ static __always_inline void switch_out(struct cpu_state *cpu, struct task_struct
 	record->left_status = STATUS_COMPLETE;
 	/* it waits for a page: how long is told by the row of offcpu that begins now */
 	if (record_samples && cpu->interpreter && !record->in_flight && record->left_state != TASK_RUNNING)
-		take_sample(cpu, SAMPLE_FAULT, now, 0, 0);
+		take_sample(WITH_CPU SAMPLE_FAULT, now, 0, 0);
 }
 
 static __always_inline void switch_in(struct cpu_state *cpu, struct task_struct *task, __u64 now)
@@ -149,7 +149,7 @@ static __always_inline void switch_in(struct cpu_state *cpu, struct task_struct 
 }
 
 SEC("tp_btf/sched_switch")
-int WRITES(on_sched_switch, bool preempted, struct task_struct *previous, struct task_struct *next)
+int WRITES_MANY(on_sched_switch, bool preempted, struct task_struct *previous, struct task_struct *next)
 {
 	struct cpu_state *cpu = this_cpu();
 	__u32 state = 0;

@@ -28,6 +28,13 @@ enum {
 	STACK_PARTS = (STACK_FRAMES + STACK_PART_FRAMES - 1) / STACK_PART_FRAMES,
 };
 
+/* A str in the process's memory. */
+struct text {
+	__u64 data;
+	__u32 length; /* characters */
+	__u32 width;  /* bytes per character */
+};
+
 struct walk {
 	__u64 hash;
 	__u64 time_ns;
@@ -41,7 +48,10 @@ struct walk {
 	__u32 interpreter; /* its element */
 	__u32 number; /* of this walk */
 	__u32 reserved;
-	__u64 lines; /* of the code object that is being told: where its line table is */
+	/* of the code object that is being told: where its line table, name and file are */
+	__u64 lines;
+	struct text name;
+	struct text file;
 	struct code_part code;
 	struct frame frames[STACK_FRAMES];
 	char state[STATE_BYTES];
@@ -221,7 +231,7 @@ GLOBAL int walk_frames(struct cpu_state *cpu, struct walk *walk, struct interpre
 {
 	__u32 i;
 
-	if (!walk || !python)
+	if (!cpu || !walk || !python)
 		return 0;
 	walk->next = first_frame(walk, python);
 	walk->truncated = walk->taken = 0;
@@ -244,12 +254,6 @@ static __always_inline __u64 at_most(__u64 bytes, __u64 limit)
 	asm volatile("" : "+r"(bytes));
 	return bytes > limit ? limit : bytes;
 }
-
-struct text {
-	__u64 data;
-	__u32 length; /* characters */
-	__u32 width;  /* bytes per character */
-};
 
 static __always_inline void find_text(struct interpreter *python, __u64 object, struct text *text)
 {
@@ -293,9 +297,9 @@ GLOBAL int write_lines(struct cpu_state *cpu, struct walk *walk, __u32 part)
 
 static __always_inline int write_code(struct cpu_state *cpu, struct walk *walk, struct interpreter *python, __u64 code)
 {
-	struct text name, file;
 	struct code_part *part;
 	struct code_part *head;
+	struct text *name, *file;
 	__u64 index, lines, bytes;
 	__u32 whole, number, first_line = 0;
 	char *at;
@@ -303,8 +307,10 @@ static __always_inline int write_code(struct cpu_state *cpu, struct walk *walk, 
 	if (!cpu || !walk || !python)
 		return 0;
 	head = &walk->code;
-	find_text(python, read_user_word(code + python->code_name), &name);
-	find_text(python, read_user_word(code + python->code_file), &file);
+	name = &walk->name;
+	file = &walk->file;
+	find_text(python, read_user_word(code + python->code_name), name);
+	find_text(python, read_user_word(code + python->code_file), file);
 	lines = read_user_word(code + python->code_lines);
 	bpf_probe_read_user(&first_line, sizeof(first_line), (void *)(code + python->code_first_line));
 	part = wide_reserve(cpu, &index, wide_slots / 8);
@@ -320,19 +326,19 @@ static __always_inline int write_code(struct cpu_state *cpu, struct walk *walk, 
 	head->lines_total = read_user_word(lines + python->bytes_size);
 	head->version = python->version;
 	head->first_instruction = python->code_instructions;
-	head->name_length = name.length;
-	head->file_length = file.length;
-	head->name_width = name.width;
-	head->file_width = file.width;
+	head->name_length = name->length;
+	head->file_length = file->length;
+	head->name_width = name->width;
+	head->file_width = file->width;
 	walk->lines = lines + python->bytes_data;
 	at = (char *)(part + 1);
-	bytes = at_most(name.length * name.width, CODE_NAME_BYTES);
-	if (bpf_probe_read_user(at, bytes, (void *)name.data))
+	bytes = at_most(name->length * name->width, CODE_NAME_BYTES);
+	if (bpf_probe_read_user(at, bytes, (void *)name->data))
 		head->name_width = 0;
 	/* of a long path the end tells more */
-	whole = file.length * file.width;
+	whole = file->length * file->width;
 	bytes = at_most(whole, CODE_FILE_BYTES);
-	if (bpf_probe_read_user(at + CODE_NAME_BYTES, bytes, (void *)(file.data + whole - bytes)))
+	if (bpf_probe_read_user(at + CODE_NAME_BYTES, bytes, (void *)(file->data + whole - bytes)))
 		head->file_width = 0;
 	bytes = at_most(head->lines_total, CODE_PART_BYTES);
 	if (!bpf_probe_read_user(at + CODE_NAME_BYTES + CODE_FILE_BYTES, bytes, (void *)walk->lines))
@@ -422,8 +428,8 @@ lost:
 /* ---- samples --------------------------------------------------------------------------------------- */
 
 /* Reads the current thread's PyThreadState into walk->state; returns its address, 0: it has none. */
-static __always_inline __u64 read_state(struct cpu_state *cpu, struct walk *walk, struct interpreter *python,
-					struct task_struct *task)
+static __noinline __u64 read_state(struct cpu_state *cpu, struct walk *walk, struct interpreter *python,
+				   struct task_struct *task)
 {
 	__u64 state;
 	int i;
@@ -440,8 +446,14 @@ static __always_inline __u64 read_state(struct cpu_state *cpu, struct walk *walk
 	return 0;
 }
 
-/* The current thread's Python stack and context; 0: it has none, or it could not be read. */
-GLOBAL int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 interrupt)
+/* What a sample tells; 0: there is none, or it could not be read. */
+struct taken {
+	__u64 context;
+	__u64 stack;
+};
+
+/* The current thread's Python stack and context. */
+GLOBAL int take_stack(struct cpu_state *cpu, struct taken *taken, __u32 interrupt)
 {
 	__u32 index = bpf_get_smp_processor_id() * WALKS + (interrupt & 1), element;
 	struct task_struct *task = CURRENT_TASK();
@@ -450,7 +462,7 @@ GLOBAL int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 interr
 	__u64 state;
 	int count;
 
-	if (!cpu || !sample)
+	if (!cpu || !taken)
 		return 0;
 	walk = bpf_map_lookup_elem(&walks, &index);
 	element = interpreter_here(cpu, task);
@@ -464,7 +476,7 @@ GLOBAL int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 interr
 	state = read_state(cpu, walk, python, task);
 	if (!state)
 		return 0;
-	sample->context =
+	taken->context =
 		number_context(cpu, python, state, state_field(walk, python, python->tstate_context));
 	walk->tgid = FIELD(task, tgid);
 	walk->born = birth_of(task);
@@ -477,16 +489,17 @@ GLOBAL int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 interr
 		walk->time_ns = bpf_ktime_get_ns();
 		tell_stack(cpu, walk, python);
 	}
-	sample->stack = walk->hash;
+	taken->stack = walk->hash;
 	return 0;
 }
 
 /* `instruction`: where the clock interrupted user space, 0: the kernel. */
-GLOBAL int take_sample(struct cpu_state *cpu, __u32 reason, __u64 time_ns, __u64 duration_ns,
+__noinline int take_sample(OF_CPU __u32 reason, __u64 time_ns, __u64 duration_ns,
 			   __u64 instruction)
 {
+	FIND_CPU();
 	__u64 identity = bpf_get_current_pid_tgid(), index;
-	struct sample taken = {};
+	struct taken taken = {};
 	struct sample *sample;
 
 	if (!cpu)
@@ -531,7 +544,7 @@ int WRITES_AT(LEVEL_CLOCK, on_tick, __u64 *words)
 		if (!record || record->phase == PHASE_DORMANT)
 			return 0;
 	}
-	take_sample(cpu, SAMPLE_CPU, bpf_ktime_get_ns(), 0, instruction);
+	take_sample(WITH_CPU SAMPLE_CPU, bpf_ktime_get_ns(), 0, instruction);
 	return 0;
 }
 

@@ -157,6 +157,20 @@ static __always_inline struct cpu_state *this_cpu(void)
 	return bpf_map_lookup_elem(&cpus, &cpu);
 }
 
+/*
+ * Functions that are looked at by themselves get this CPU's state, or look it up again where they may only be
+ * given numbers: see GLOBAL.
+ */
+#ifdef OLD_KERNELS
+#define OF_CPU
+#define WITH_CPU
+#define FIND_CPU() struct cpu_state *cpu = this_cpu()
+#else
+#define OF_CPU struct cpu_state *cpu,
+#define WITH_CPU cpu,
+#define FIND_CPU()
+#endif
+
 static __always_inline void count_loss(struct cpu_state *cpu, enum loss_kind kind)
 {
 	__sync_fetch_and_add(&cpu->lost[kind], 1);
