@@ -70,6 +70,7 @@ class Summary:
     syscalls: list[SyscallSummary]
     offcpu: list[OffCpuSummary]
     payload_bytes: int  # of each head at most; 0: none was kept
+    transport: str  # how records came out of the kernel: rings or perf
     redacted: bool  # heads were masked before they were written
     recorder: dict[str, Any]
     notes: list[str]
@@ -129,6 +130,7 @@ def summarize(recording: Recording) -> Summary:
         syscalls=_syscalls(recording),
         offcpu=_offcpu(recording, comms),
         payload_bytes=meta.payload_bytes,
+        transport=meta.transport,
         redacted=meta.redacted,
         recorder=asdict(meta.recorder),
         notes=[*_incomplete(recording), *meta.notes],

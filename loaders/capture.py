@@ -15,16 +15,21 @@ from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders import hits, tls
 from scope_ebpf.loaders.cgroups import descendants
 from scope_ebpf.loaders.hit_families import HIT_FAMILIES, add_family
-from scope_ebpf.loaders.libbpf import BpfObject, Uprobe, possible_cpus, tracepoint_arguments
+from scope_ebpf.loaders.libbpf import (
+    BpfObject,
+    Uprobe,
+    has_cookies,
+    possible_cpus,
+    tracepoint_arguments,
+)
 from scope_ebpf.loaders.python import calls, watch
 from scope_ebpf.loaders.python.functions import Spec
 from scope_ebpf.loaders.python.watch import PythonWatch
-from scope_ebpf.loaders.ring import Records, SlotRing, array_in
+from scope_ebpf.loaders.ring import Records, array_in
+from scope_ebpf.loaders.transport import Transport, choose_transport
 from scope_ebpf.probe_specs import ProbeSpec
 from scope_ebpf.records import RecordLimits
 from scope_ebpf.syscalls import SYSCALLS
-
-OBJECT = Path(__file__).resolve().parent.parent / "probes" / "capture.bpf.o"
 
 LIFE_PROGRAMS = ("on_fork", "on_exec", "on_exit", "on_sched_switch")
 CALL_PROGRAMS = ("on_sys_exit", "on_sys_enter")
@@ -113,6 +118,7 @@ class CaptureOptions:
         sample_hz: how often a second of CPU time the stack of a running thread is taken.
         long_wait_ns: a wait in a system call that is as long gets a stack.
         hot_slots, wide_slots: slots per CPU, powers of two; None for a size that fits the host.
+        transport: how records come out of the kernel: `rings`, `perf`, or `auto` for the first that works.
     """
 
     tgids: tuple[int, ...] = ()
@@ -129,6 +135,7 @@ class CaptureOptions:
     long_wait_ns: int = 1_000_000
     hot_slots: int | None = None
     wide_slots: int | None = None
+    transport: str = "auto"
 
 
 @dataclass
@@ -186,12 +193,40 @@ class Capture:
         for probe in options.probes:
             self.places.add_spec(probe)
         self.notes += self.places.notes
-        self._object = BpfObject(OBJECT)
+        wanted = sorted(set(HIT_FAMILIES) & set(options.families))
+        self._places_are_told = not (options.probes or wanted) or has_cookies()
+        if not self._places_are_told:
+            reason = "this kernel does not tell a probe where it is; that needs Linux 5.15"
+            if options.probes:
+                raise LoadError(f"cannot use --probe: {reason}; record without it")
+            self.notes.append(f"{' and '.join(wanted)} cannot be recorded: {reason}")
+        transports = choose_transport(options.transport)
+        try:
+            self._open(transports[0])
+        except LoadError as error:
+            if len(transports) == 1 or "permission denied" in str(error):
+                raise
+            try:
+                self._open(transports[1])
+            except LoadError:
+                raise error from None
+            self.notes.append(
+                f"records come through perf buffers, since rings do not work: {error}"
+            )
+
+    def _open(self, transport: type[Transport]) -> None:
+        self._object = BpfObject(transport.object_path)
+        self._transport = transport(self._object, self.cpus)
         try:
             self._load()
         except BaseException:
-            self._object.close()
+            self.close()
             raise
+
+    @property
+    def transport(self) -> str:
+        """How records come out of the kernel: `rings` or `perf`."""
+        return self._transport.name
 
     def __enter__(self) -> "Capture":
         """The capture itself."""
@@ -209,6 +244,7 @@ class Capture:
     def close(self) -> None:
         """Detach and unload; may be called again."""
         self._object.close()
+        self._transport.close()
 
     def _programs(self) -> tuple[str, ...]:
         """The programs that the chosen families need, in the order in which they are attached.
@@ -217,7 +253,7 @@ class Capture:
         that no entry is seen without its exit.
         """
         families = self.options.families
-        chosen: tuple[str, ...] = LIFE_PROGRAMS
+        chosen: tuple[str, ...] = (*self._transport.programs, *LIFE_PROGRAMS)
         if self.options.cgroup is not None:
             chosen += CGROUP_PROGRAMS
         if "offcpu" in families:
@@ -225,7 +261,8 @@ class Capture:
         return chosen
 
     def _records_hits(self) -> bool:
-        return bool(self.options.probes) or bool(set(HIT_FAMILIES) & set(self.options.families))
+        chosen = bool(self.options.probes) or bool(set(HIT_FAMILIES) & set(self.options.families))
+        return chosen and self._places_are_told
 
     def _records_calls(self) -> bool:
         return bool({"syscalls", "messages", *watch.FAMILIES} & set(self.options.families))
@@ -261,8 +298,6 @@ class Capture:
             seek_cgroups=options.cgroup is not None,
             switch_tells_state=tracepoint_arguments("sched_switch") >= 4,
             recorder_tgid=os.getpid(),
-            hot_slots=self.hot_slots,
-            wide_slots=self.wide_slots,
             payload_limit=options.payload_bytes,
             message_classes=message_classes(os.uname().machine),
             long_wait_ns=options.long_wait_ns,
@@ -270,8 +305,9 @@ class Capture:
             munmap_number=number_of("munmap"),
         )
         self._object.resize("cpus", self.cpus)
-        self._object.resize("hot", self.cpus * self.hot_slots)
-        self._object.resize("wide", self.cpus * self.wide_slots, self.wide_stride)
+        self._transport.prepare(
+            hot_dtype(), self.hot_slots, wide_dtype(self.wide_stride), self.wide_slots
+        )
         # one for programs and one for the clock that interrupts them
         self._object.resize("walks", self.cpus * WALKS)
         self._object.resize("gathered", self.cpus, max(2 * options.payload_bytes, 64))
@@ -305,21 +341,7 @@ class Capture:
         self._hits_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         offset, _ = variables["calls_wanted"]
         self._calls_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
-        self.hot = self._rings("hot", hot_dtype(), self.hot_slots)
-        self.wide = self._rings("wide", wide_dtype(self.wide_stride), self.wide_slots)
-
-    def _rings(self, name: str, dtype: np.dtype[Any], slots: int) -> list[SlotRing]:
-        count = self.cpus * slots
-        memory = self._object.map_memory(name, count * dtype.itemsize)
-        everything = array_in(memory, dtype, count)
-        return [
-            SlotRing(
-                everything[cpu * slots : (cpu + 1) * slots],
-                self._states[f"{name}_head"][cpu : cpu + 1],
-                self._states[f"{name}_tail"][cpu : cpu + 1],
-            )
-            for cpu in range(self.cpus)
-        ]
+        self.hot, self.wide = self._transport.open(self._states)
 
     def start(self) -> Records:
         """Attach the probes and take up what runs already.
@@ -484,7 +506,7 @@ class Capture:
 
     def fill(self) -> float:
         """How full the fullest ring is, 0 to 1."""
-        return max(ring.fill() for ring in (*self.hot, *self.wide))
+        return max(float(ring.fill()) for ring in (*self.hot, *self.wide))
 
     def lost(self) -> NDArray[np.uint64]:
         """Lost so far, by CPU and records.LossKind: shape (cpus, LOSS_KINDS)."""

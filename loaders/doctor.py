@@ -15,18 +15,14 @@ from pathlib import Path
 from scope_ebpf.errors import FormatError, ScopeError
 from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders import cgroups, privileges, tls
-from scope_ebpf.loaders.capture import (
-    HOT_BYTES_IN_ALL,
-    OBJECT,
-    WIDE_BYTES_IN_ALL,
-    check_layout,
-)
+from scope_ebpf.loaders.capture import HOT_BYTES_IN_ALL, WIDE_BYTES_IN_ALL, check_layout
 from scope_ebpf.loaders.libbpf import BpfObject, library
 from scope_ebpf.loaders.python.calls import try_breakpoint
 from scope_ebpf.loaders.python.checks import InterpreterReport, report_file, report_process
 from scope_ebpf.loaders.python.files import interpreters_in_path
 from scope_ebpf.loaders.python.interpreters import NotReady, Unsupported
 from scope_ebpf.loaders.targets import INITIAL_PID_NAMESPACE, find_target
+from scope_ebpf.loaders.transport import OBJECT, PERF_OBJECT
 from scope_ebpf.loaders.trial import AT_LEAST, TIMES, record_workload
 
 # include/linux/proc_ns.h: the inodes of the namespaces that the kernel boots with.
@@ -84,6 +80,7 @@ def examine(*tgids: int) -> list[Check]:
     checks = [
         check_libbpf(),
         check_object(),
+        check_object(PERF_OBJECT, "programs over perf"),
         check_kernel_btf(),
         check_capabilities(),
         check_namespace("user", INITIAL_USER_NAMESPACE),
@@ -92,6 +89,7 @@ def examine(*tgids: int) -> list[Check]:
     ]
     obstacle = next((check for check in checks if _explains_refusals(check)), None)
     checks += [check_family(family, obstacle) for family in FAMILIES]
+    checks += [tell_transport(name, obstacle) for name in ("rings", "perf")]
     checks += [
         tell_lockdown(),
         tell_cgroups(),
@@ -122,15 +120,15 @@ def check_libbpf() -> Check:
     return Check("libbpf", True, f"libbpf {version}")
 
 
-def check_object(path: Path = OBJECT) -> Check:
+def check_object(path: Path = OBJECT, name: str = "programs") -> Check:
     """Open the programs and compare their records with those that Python reads."""
     try:
         with BpfObject(path) as opened:
             check_layout(opened)
             count = len(opened.program_names())
     except ScopeError as error:
-        return failed("programs", error)
-    return Check("programs", True, f"{path.name}: {count} programs, whose records Python knows")
+        return failed(name, error)
+    return Check(name, True, f"{path.name}: {count} programs, whose records Python knows")
 
 
 def check_kernel_btf() -> Check:
@@ -247,12 +245,13 @@ def available_bytes(meminfo: str) -> int:
 # ---- families ----
 
 
-def check_family(family: str, obstacle: Check | None = None) -> Check:
+def check_family(family: str, obstacle: Check | None = None, transport: str = "auto") -> Check:
     """Record a small process of our own with one family of probes, and count.
 
     Args:
         family: one of FAMILIES.
         obstacle: a check that failed before and explains it if the kernel refuses.
+        transport: how records are to come out of the kernel.
     """
     if obstacle is not None and obstacle.name == "pid namespace":
         # A process number of ours would name a stranger's process on the host.
@@ -260,7 +259,7 @@ def check_family(family: str, obstacle: Check | None = None) -> Check:
     if family == "tls" and not any(map(tls.library_sites, tls.find_libraries([os.getpid()]))):
         return Check(family, True, "no libssl is here, so there is nothing to record", family=True)
     try:
-        found = record_workload(family)
+        found = record_workload(family, transport)
     except ScopeError as error:
         if obstacle is not None:
             return _blamed(family, str(error).partition(": ")[0], obstacle)
@@ -281,6 +280,12 @@ def check_family(family: str, obstacle: Check | None = None) -> Check:
         "report it as a bug, with the output of `scope-ebpf doctor --json`",
         family=True,
     )
+
+
+def tell_transport(transport: str, obstacle: Check | None = None) -> Check:
+    """Whether records come out of the kernel through `rings` or `perf`; one of them is enough."""
+    check = check_family("syscalls", obstacle, transport)
+    return replace(check, name=f"transport {transport}", works=check.works or None, family=False)
 
 
 # ---- interpreters ----

@@ -444,12 +444,26 @@ def has_multi_uprobes() -> bool:
 
     Taking away a perf event's uprobe costs the kernel a tenth of a second, one after the other.
     """
+    return has_kernel_struct("bpf_uprobe_multi_link")
+
+
+@functools.cache
+def has_cookies() -> bool:
+    """Whether a probe can be told where it was attached: since 5.15 (commit 82e6b1eee6a8).
+
+    The link that keeps the cookie came with it.
+    """
+    return has_kernel_struct("bpf_perf_link")
+
+
+def has_kernel_struct(name: str) -> bool:
+    """Whether the running kernel's BTF has a struct."""
     lib = library()
     btf = lib.kernel_btf()
     if not btf:
         return False
     try:
-        return int(lib.btf_find(btf, b"bpf_uprobe_multi_link", 4)) > 0  # BTF_KIND_STRUCT
+        return int(lib.btf_find(btf, name.encode(), 4)) > 0  # BTF_KIND_STRUCT
     finally:
         lib.btf_free(btf)
 

@@ -1,4 +1,4 @@
-"""perf_event_open(2): the sampling clock of a CPU, and hardware breakpoints on data of a thread."""
+"""perf_event_open(2): the sampling clock of a CPU, breakpoints on data of a thread, output of BPF programs."""
 
 import ctypes as c
 import errno
@@ -7,7 +7,9 @@ import struct
 
 # include/uapi/linux/perf_event.h and hw_breakpoint.h, and the number of perf_event_open(2)
 PERF_TYPE_SOFTWARE, PERF_TYPE_BREAKPOINT = 1, 5
-PERF_COUNT_SW_CPU_CLOCK = 0
+PERF_COUNT_SW_CPU_CLOCK, PERF_COUNT_SW_BPF_OUTPUT = 0, 10
+PERF_SAMPLE_RAW, PERF_WATERMARK = 1 << 10, 1 << 14
+NO_WAKEUP = 0xFFFFFFFF  # nobody waits for a ring: whoever reads it looks now and then
 PERF_SAMPLE_ADDR, PERF_FLAG_FD_CLOEXEC = 1 << 3, 8
 PERF_INHERIT, PERF_EXCLUDE_KERNEL, PERF_EXCLUDE_HYPERVISOR = 1 << 1, 1 << 5, 1 << 6
 PERF_FREQUENCY = 1 << 10
@@ -24,6 +26,15 @@ def open_cpu_clock(cpu: int, frequency_hz: int) -> int:
     attributes = ATTRIBUTES.pack(
         PERF_TYPE_SOFTWARE, ATTRIBUTES.size, PERF_COUNT_SW_CPU_CLOCK, frequency_hz, 0, 0,
         PERF_FREQUENCY, 0, 0, 0, 0,
+    )  # fmt: skip
+    return _open(attributes, EVERY_PROCESS, cpu)
+
+
+def open_bpf_output(cpu: int) -> int:
+    """An event for what BPF programs send on a CPU: a descriptor, or -errno."""
+    attributes = ATTRIBUTES.pack(
+        PERF_TYPE_SOFTWARE, ATTRIBUTES.size, PERF_COUNT_SW_BPF_OUTPUT, 1, PERF_SAMPLE_RAW, 0,
+        PERF_WATERMARK, NO_WAKEUP, 0, 0, 0,
     )  # fmt: skip
     return _open(attributes, EVERY_PROCESS, cpu)
 

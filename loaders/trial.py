@@ -97,7 +97,7 @@ WORKLOADS = {"tls": TLS_WORKLOAD, "contexts": CONTEXT_WORKLOAD, "gil": GIL_WORKL
 AT_LEAST = frozenset({"offcpu", "samples", "gil"})
 
 
-def record_workload(family: str) -> int:
+def record_workload(family: str, transport: str = "auto") -> int:
     """Record a workload with one family of probes; returns how many of its events were seen.
 
     Raises:
@@ -105,7 +105,11 @@ def record_workload(family: str) -> int:
     """
     with workload(WORKLOADS.get(family, WORKLOAD)) as (process, begin):
         options = CaptureOptions(
-            tgids=(process.pid,), families=(family,), follow=False, long_wait_ns=AT_LEAST_NS
+            tgids=(process.pid,),
+            families=(family,),
+            follow=False,
+            long_wait_ns=AT_LEAST_NS,
+            transport=transport,
         )
         with Capture(options) as capture:
             capture.find_pythons(capture.start())

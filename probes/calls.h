@@ -336,7 +336,7 @@ static __always_inline void begin_call(struct cpu_state *cpu, struct call_watch 
 	call->told.tgid = key->thread >> 32;
 	call->told.tid = key->thread;
 	call->told.context = current_context(
-		cpu, interpreter_at(interpreter_here(cpu, bpf_get_current_task_btf())));
+		cpu, interpreter_at(interpreter_here(cpu, CURRENT_TASK())));
 	read_arguments(watch, &call->told, frame);
 	call->told.time_ns = bpf_ktime_get_ns();
 	if (watch->flags & CALL_NO_END) {
@@ -362,7 +362,7 @@ struct try_block {
 };
 
 /* Up to 3.10: whether a block of the frame would take an exception. */
-static __always_inline bool handles_exceptions(struct call_watch *watch, __u64 frame)
+static __noinline bool handles_exceptions(struct call_watch *watch, __u64 frame)
 {
 	struct try_block blocks[MAX_BLOCKS];
 	__s32 count = 0;
@@ -380,9 +380,9 @@ static __always_inline bool handles_exceptions(struct call_watch *watch, __u64 f
 }
 
 SEC("perf_event")
-int on_call_watch(__u64 *words)
+int WRITES_AT(LEVEL_PROGRAM, on_call_watch, __u64 *words)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_struct *task = CURRENT_TASK();
 	__u64 thread = bpf_get_current_pid_tgid(), state, frame;
 	struct call_watch_key where = {.address = WATCHED_ADDRESS(words), .tgid = thread >> 32};
 	struct open_call_key key = {.thread = thread};

@@ -55,9 +55,10 @@ static __always_inline void read_remote(struct connect *connect, __u64 address, 
 }
 
 /* A row of connects for the call in flight. */
-__noinline int write_connect(struct cpu_state *cpu, __s32 result, __u64 duration_ns, __u32 status)
+__noinline int write_connect(OF_CPU __s32 result, __u64 duration_ns, __u32 status)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	FIND_CPU();
+	struct task_struct *task = CURRENT_TASK();
 	struct connect *connect;
 	struct target_end end;
 	struct sock *sk;

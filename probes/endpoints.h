@@ -37,6 +37,8 @@ enum {
 	MAX_QUEUED_BUFFERS = 256,
 };
 
+#define QUEUE_TOO_LONG 0xffffffffffffffffULL
+
 /* One end of a connection, or both ends of a pipe. The key is the address of the socket or pipe. */
 struct endpoint {
 	__u64 inode;
@@ -66,8 +68,6 @@ struct {
 	__type(value, struct endpoint);
 } endpoints SEC(".maps");
 
-__u32 last_connection = 0;
-
 /* What a descriptor leads to. */
 struct target_end {
 	__u64 key;
@@ -94,44 +94,40 @@ static __always_inline bool resolve_file(void *file, struct target_end *end)
 
 static __always_inline bool resolve(struct task_struct *task, __u32 fd, struct target_end *end)
 {
-	struct fdtable *table = task->files->fdt;
+	struct fdtable *table = FIELD_OF(task, files, fdt);
 	void *file;
 
-	if (fd >= table->max_fds)
+	if (fd >= FIELD(table, max_fds))
 		return false;
-	file = (void *)read_word(table->fd + fd);
+	file = (void *)read_word(FIELD(table, fd) + fd);
 	return file && resolve_file(file, end);
 }
 
-/* Bytes that wait in a Unix stream socket's queue; false if the queue is too long to walk. */
-__noinline int queued_in_socket(__u64 key, __u64 *bytes)
+/* Bytes that wait in a Unix stream socket's queue; QUEUE_TOO_LONG if it is too long to walk. */
+__noinline __u64 queued_in_socket(__u64 key)
 {
 	struct sock *sk = (struct sock *)key;
 	struct sk_buff *head, *skb;
 	__u64 total = 0;
 	int i;
 
-	if (!bytes)
-		return false;
 	head = (struct sk_buff *)((void *)sk + FIELD_OFFSET(struct sock, sk_receive_queue));
 	skb = BPF_CORE_READ(sk, sk_receive_queue.next);
 	for (i = 0; i < MAX_QUEUED_BUFFERS; i++) {
 		__u32 consumed = 0;
 
-		if (skb == head || !skb) {
-			*bytes = total;
-			return true;
-		}
+		if (skb == head || !skb)
+			return total;
 		bpf_probe_read_kernel(&consumed, sizeof(consumed),
 				      (void *)skb + FIELD_OFFSET(struct sk_buff, cb) +
 					      FIELD_OFFSET(struct unix_skb_parms, consumed));
 		total += BPF_CORE_READ(skb, len) - consumed;
 		skb = BPF_CORE_READ(skb, next);
 	}
-	return false;
+	return QUEUE_TOO_LONG;
 }
 
-__noinline int queued_in_pipe(__u64 key, __u64 *bytes)
+__noinline __u64 queued_in_pipe(__u64 key)
 {
 	struct pipe_inode_info *pipe = (struct pipe_inode_info *)key;
 	__u32 head = BPF_CORE_READ(pipe, head), tail = BPF_CORE_READ(pipe, tail);
@@ -141,16 +137,12 @@ __noinline int queued_in_pipe(__u64 key, __u64 *bytes)
 	__u64 total = 0;
 	int i;
 
-	if (!bytes)
-		return false;
 	for (i = 0; i < MAX_QUEUED_BUFFERS; i++, tail++) {
-		if (tail == head) {
-			*bytes = total;
-			return true;
-		}
+		if (tail == head)
+			return total;
 		total += BPF_CORE_READ((struct pipe_buffer *)((void *)buffers + (tail & mask) * size), len);
 	}
-	return false;
+	return QUEUE_TOO_LONG;
 }
 
 static __always_inline __u64 unix_peer(__u64 key)
@@ -176,7 +168,7 @@ static __always_inline __u32 inet_ports(__u64 key)
  * Whether an entry of another inode is still that of the end: it was made while the socket was not
  * accepted and had no inode. Else it is of a freed socket at the same address.
  */
-__noinline int accepted_meanwhile(struct target_end *end, struct endpoint *known)
+GLOBAL int accepted_meanwhile(struct target_end *end, struct endpoint *known)
 {
 	struct endpoint *peer;
 	__u64 peer_key;
@@ -204,10 +196,15 @@ static __always_inline bool is_current(struct target_end *end, struct endpoint *
 static __always_inline void measure_unix(__u64 key, struct endpoint *fresh, __u64 peer_key,
 					 struct endpoint *other)
 {
-	__u64 incoming = 0, outgoing = 0, inode = socket_inode((struct sock *)peer_key);
+	__u64 incoming = QUEUE_TOO_LONG, outgoing = QUEUE_TOO_LONG;
+	__u64 inode = socket_inode((struct sock *)peer_key);
 	struct endpoint *peer;
 
-	if (!peer_key || !queued_in_socket(key, &incoming) || !queued_in_socket(peer_key, &outgoing)) {
+	if (peer_key) {
+		incoming = queued_in_socket(key);
+		outgoing = queued_in_socket(peer_key);
+	}
+	if (incoming == QUEUE_TOO_LONG || outgoing == QUEUE_TOO_LONG) {
 		fresh->inexact = 1;
 		return;
 	}
@@ -227,7 +224,7 @@ static __always_inline void measure_unix(__u64 key, struct endpoint *fresh, __u6
 	*other = *fresh;
 	other->inode = inode;
 	other->sent = STREAM_ORIGIN + incoming;
-	other->connection = __sync_fetch_and_add(&last_connection, 1) + 1;
+	other->connection = new_connection_number();
 	other->peer_connection = fresh->connection;
 	fresh->peer_connection = other->connection;
 }
@@ -250,7 +247,7 @@ static __always_inline void link_unix(struct endpoint *end, __u64 peer_key, stru
  * Makes an end known and fixes where its bytes are counted from; for a Unix stream the other end, too.
  * Returns whether it was this call that did so.
  */
-__noinline int meet(struct target_end *end, bool idle)
+GLOBAL int meet(struct target_end *end, bool idle)
 {
 	struct endpoint fresh = {}, other = {}, *found;
 	__u64 key, queued, peer_key = 0;
@@ -269,11 +266,12 @@ __noinline int meet(struct target_end *end, bool idle)
 	fresh.inode = end->inode;
 	fresh.sent = fresh.received = STREAM_ORIGIN;
 	fresh.met_idle = idle;
-	fresh.connection = __sync_fetch_and_add(&last_connection, 1) + 1;
+	fresh.connection = new_connection_number();
 	fresh.sent_measured_ns = fresh.received_measured_ns = bpf_ktime_get_ns();
 	if (end->is_pipe) {
 		fresh.kind = ENDPOINT_PIPE;
-		if (queued_in_pipe(key, &queued))
+		queued = queued_in_pipe(key);
+		if (queued != QUEUE_TOO_LONG)
 			fresh.sent += queued;
 		else
 			fresh.inexact = 1;
@@ -311,7 +309,7 @@ static __always_inline bool counts_bytes(struct target_end *end)
 }
 
 /* Sets the counter of one direction from the other end's and the queue, after a call. */
-__noinline int measure_again(__u64 key, struct endpoint *end, bool receive, __u32 length)
+GLOBAL int measure_again(__u64 key, struct endpoint *end, bool receive, __u32 length)
 {
 	__u64 peer_key = key, queue = key, queued = 0, before, after;
 	struct endpoint *peer = end;
@@ -324,8 +322,9 @@ __noinline int measure_again(__u64 key, struct endpoint *end, bool receive, __u3
 		if (!receive)
 			queue = peer_key;
 	}
-	if (!peer || !(end->kind == ENDPOINT_UNIX ? queued_in_socket(queue, &queued)
-						  : queued_in_pipe(queue, &queued))) {
+	if (peer)
+		queued = end->kind == ENDPOINT_UNIX ? queued_in_socket(queue) : queued_in_pipe(queue);
+	if (!peer || queued == QUEUE_TOO_LONG) {
 		end->inexact = 1;
 		return 0;
 	}
@@ -357,7 +356,7 @@ static __always_inline void read_unix_path(struct sock *sk, char *path)
 }
 
 /* Tells user space what a connection is. Tried again at the next message if there is no room. */
-__noinline int announce(struct cpu_state *cpu, struct target_end *end, struct endpoint *known)
+GLOBAL int announce(struct cpu_state *cpu, struct target_end *end, struct endpoint *known)
 {
 	struct connection *connection;
 	struct sock *sk;

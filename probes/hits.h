@@ -148,9 +148,9 @@ static __always_inline void remember_begin(struct pt_regs *regs, struct hit_begi
 }
 
 SEC("uprobe")
-int on_hit(struct pt_regs *regs)
+int WRITES_AT(LEVEL_TASK, on_hit, struct pt_regs *regs)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_struct *task = CURRENT_TASK();
 	__u32 number = bpf_get_attach_cookie(regs), i, at;
 	__u64 index, now, identity, value;
 	struct cpu_state *cpu = this_cpu();

@@ -31,6 +31,7 @@ enum { false, true };
 enum bpf_map_type {
 	BPF_MAP_TYPE_HASH = 1,
 	BPF_MAP_TYPE_ARRAY = 2,
+	BPF_MAP_TYPE_PERF_EVENT_ARRAY = 4,
 	BPF_MAP_TYPE_LRU_HASH = 9,
 	BPF_MAP_TYPE_TASK_STORAGE = 29,
 };
@@ -40,6 +41,14 @@ enum {
 	BPF_F_NO_PREALLOC = 1U << 0,
 	BPF_F_MMAPABLE = 1U << 10,
 	BPF_LOCAL_STORAGE_GET_F_CREATE = 1U << 0,
+};
+enum {
+	BPF_F_CURRENT_CPU = 0xffffffffULL,
+};
+
+/* What the running kernel's BTF is asked for: whether it has a helper. */
+enum bpf_func_id {
+	BPF_FUNC_task_pt_regs = 175,
 };
 
 #include <bpf/bpf_helpers.h>
@@ -54,6 +63,25 @@ enum {
 	__builtin_preserve_field_info(((type *)0)->field, BPF_FIELD_BYTE_OFFSET)
 
 #define KERNEL_TYPE __attribute__((preserve_access_index))
+
+/*
+ * The current task, and a field of it or of what it points to. Before 5.11 (commit 3ca1032ab7ab) it is only an
+ * address, whose fields are read by a helper; an argument of a tracepoint is a pointer on all kernels.
+ *
+ * A function that is not static is looked at by itself, once, for any arguments; before 5.13 (commit
+ * e5069b9c23b3) these may only be numbers.
+ */
+#ifdef OLD_KERNELS
+#define CURRENT_TASK() ((struct task_struct *)bpf_get_current_task())
+#define FIELD(pointer, field) BPF_CORE_READ(pointer, field)
+#define FIELD_OF(pointer, first, second) BPF_CORE_READ(pointer, first, second)
+#define GLOBAL static __noinline
+#else
+#define CURRENT_TASK() bpf_get_current_task_btf()
+#define FIELD(pointer, field) (pointer)->field
+#define FIELD_OF(pointer, first, second) (pointer)->first->second
+#define GLOBAL __noinline
+#endif
 #define CACHE_LINE 64
 
 /* The compiler's idea of these layouts is replaced at load, so their holes mean nothing. */
@@ -64,13 +92,20 @@ enum {
 
 #if defined(__TARGET_ARCH_x86)
 struct pt_regs {
-	unsigned long bx, cx, dx, si, di, ax, r8, r10, orig_ax, sp;
+	unsigned long bx, cx, dx, si, di, ax, r8, r10, orig_ax, sp, cs;
 } KERNEL_TYPE;
 #define SYSCALL_NUMBER(regs) ((long)(regs)->orig_ax)
 #define SYSCALL_ARG0(regs) ((regs)->di)
 #define SYSCALL_ARG1(regs) ((regs)->si)
 #define SYSCALL_ARG2(regs) ((regs)->dx)
 #define SYSCALL_ARG3(regs) ((regs)->r10)
+/* The same of registers that are not an argument of a program. */
+#define SAVED(regs, field) BPF_CORE_READ(regs, field)
+#define SAVED_IN_USER_MODE(regs) ((SAVED(regs, cs) & 3) == 3)
+#define SYSCALL_NUMBER_FIELD orig_ax
+#define SYSCALL_ARG0_FIELD di
+#define SYSCALL_ARG1_FIELD si
+#define SYSCALL_ARG2_FIELD dx
 /* 32-bit calls on a 64-bit kernel have their arguments elsewhere (arch/x86/include/asm/syscall.h). */
 #define COMPAT_ARG0(regs) ((__u32)(regs)->bx)
 #define COMPAT_ARG1(regs) ((__u32)(regs)->cx)
@@ -91,6 +126,7 @@ struct pt_regs {
 struct pt_regs {
 	__u64 regs[31];
 	__u64 sp;
+	__u64 pstate;
 	__u64 orig_x0;
 	__s32 syscallno;
 } KERNEL_TYPE;
@@ -99,6 +135,12 @@ struct pt_regs {
 #define SYSCALL_ARG1(regs) ((regs)->regs[1])
 #define SYSCALL_ARG2(regs) ((regs)->regs[2])
 #define SYSCALL_ARG3(regs) ((regs)->regs[3])
+#define SAVED(regs, field) BPF_CORE_READ(regs, field)
+#define SAVED_IN_USER_MODE(regs) ((SAVED(regs, pstate) & 15) == 0)
+#define SYSCALL_NUMBER_FIELD syscallno
+#define SYSCALL_ARG0_FIELD orig_x0
+#define SYSCALL_ARG1_FIELD regs[1]
+#define SYSCALL_ARG2_FIELD regs[2]
 #define COMPAT_ARG0(regs) ((__u32)(regs)->orig_x0)
 #define COMPAT_ARG1(regs) ((__u32)(regs)->regs[1])
 #define COMPAT_ARG2(regs) ((__u32)(regs)->regs[2])
@@ -177,7 +219,7 @@ struct files_struct {
 struct thread_struct {
 	unsigned long fsbase;
 } KERNEL_TYPE;
-#define THREAD_POINTER(task) ((task)->thread.fsbase)
+#define THREAD_POINTER(task) FIELD(task, thread.fsbase)
 #else
 struct thread_uw {
 	unsigned long tp_value;
@@ -185,10 +227,11 @@ struct thread_uw {
 struct thread_struct {
 	struct thread_uw uw;
 } KERNEL_TYPE;
-#define THREAD_POINTER(task) ((task)->thread.uw.tp_value)
+#define THREAD_POINTER(task) FIELD(task, thread.uw.tp_value)
 #endif
 
 struct task_struct {
+	void *stack;
 	struct thread_struct thread;
 	struct thread_info thread_info;
 	unsigned int __state;

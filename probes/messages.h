@@ -60,8 +60,8 @@ static __always_inline __u64 advance(struct target_end *end, struct endpoint *kn
 		return receive ? known->received : known->sent;
 	}
 	if (receive)
-		return __sync_fetch_and_add(&known->received, length) + length;
-	return __sync_fetch_and_add(&known->sent, length) + length;
+		return ADD_TO(&known->received, length) + length;
+	return ADD_TO(&known->sent, length) + length;
 }
 
 static __always_inline bool starts_turn(struct endpoint *known, bool receive, __u64 start_ns,
@@ -98,10 +98,11 @@ enum {
  * One row of messages for one descriptor of the call in flight. Returns whether a record was written or
  * counted as lost.
  */
-__noinline int write_end(struct cpu_state *cpu, __u32 fd, __u32 length, __u64 duration_ns,
+__noinline int write_end(OF_CPU __u32 fd, __u32 length, __u64 duration_ns,
 				 __u32 flags_and_class)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	FIND_CPU();
+	struct task_struct *task = CURRENT_TASK();
 	bool receive = flags_and_class & FLAG_RECEIVE, fresh = false;
 	__u8 shape = flags_and_class >> 16;
 	struct target_end end;
@@ -140,7 +141,7 @@ __noinline int write_end(struct cpu_state *cpu, __u32 fd, __u32 length, __u64 du
 			count_loss(cpu, LOSS_SYSCALLS);
 		return true;
 	}
-	if ((flags & FLAG_TURN) && payload_limit && length && write_payload(cpu, index, length, shape))
+	if ((flags & FLAG_TURN) && payload_limit && length && write_payload(WITH_CPU index, length, shape))
 		flags |= FLAG_PAYLOAD;
 	message->number = cpu->flight.number;
 	message->kind = flags_and_class & ALSO_CALL ? RECORD_MESSAGE_CALL : RECORD_MESSAGE;
@@ -175,9 +176,10 @@ __noinline int sum_headers(__u64 headers, __u32 count)
 }
 
 /* Meets what a call made, before anything can move over it. */
-__noinline int meet_new(struct cpu_state *cpu, __u32 class, __u32 result, __u64 fourth)
+__noinline int meet_new(OF_CPU __u32 class, __u32 result, __u64 fourth)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	FIND_CPU();
+	struct task_struct *task = CURRENT_TASK();
 	struct target_end end;
 	int fds[2] = {};
 
@@ -224,7 +226,7 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 		return false;
 	if (result < 0) {
 		if (class == MESSAGE_BIRTH_FIRST)
-			write_connect(cpu, result, duration_ns, status);
+			write_connect(WITH_CPU result, duration_ns, status);
 		return false;
 	}
 	/* the compiler would merge this load with one of `flight`; the verifier wants them apart */
@@ -232,13 +234,13 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 	asm volatile("" : "+r"(arg3));
 	if (class >= MESSAGE_BIRTH_RESULT) {
 		if (class == MESSAGE_BIRTH_FIRST)
-			write_connect(cpu, result, duration_ns, status);
-		meet_new(cpu, class, result, arg3);
+			write_connect(WITH_CPU result, duration_ns, status);
+		meet_new(WITH_CPU class, result, arg3);
 		return false;
 	}
 	if (shape == MESSAGE_SPLICE) {
-		write_end(cpu, flight->arg0, length, duration_ns, flags | FLAG_RECEIVE);
-		write_end(cpu, flight->arg2, length, duration_ns, flags);
+		write_end(WITH_CPU flight->arg0, length, duration_ns, flags | FLAG_RECEIVE);
+		write_end(WITH_CPU flight->arg2, length, duration_ns, flags);
 		return false;
 	}
 	if (shape == MESSAGE_HEADERS)
@@ -254,12 +256,12 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 	/* one record for both rows, if it can hold all of the call */
 	if (record_syscalls && length == result && !(flight->arg0 >> 32) && !(flight->arg2 >> 32))
 		flags |= ALSO_CALL;
-	return write_end(cpu, flight->arg0, length, duration_ns, flags) && flags & ALSO_CALL;
+	return write_end(WITH_CPU flight->arg0, length, duration_ns, flags) && flags & ALSO_CALL;
 }
 
 /* Meets what recorded processes have open, so that it is known before their next call. */
 SEC("iter/task_file")
-int on_list_files(struct bpf_iter__task_file *ctx)
+int WRITES_AT(LEVEL_TASK, on_list_files, struct bpf_iter__task_file *ctx)
 {
 	struct task_struct *task = ctx->task;
 	struct file *file = ctx->file;

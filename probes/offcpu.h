@@ -34,8 +34,8 @@ static __always_inline void write_offcpu(struct cpu_state *cpu, struct task_stru
 	offcpu->flags = record->left_status;
 	offcpu->start_ns = record->left_ns;
 	offcpu->duration_ns = now - record->left_ns;
-	offcpu->tgid = task->tgid;
-	offcpu->tid = task->pid;
+	offcpu->tgid = FIELD(task, tgid);
+	offcpu->tid = FIELD(task, pid);
 	offcpu->state = record->left_state;
 	offcpu->waker_tgid = offcpu->waker_tid = 0;
 	offcpu->waker_number = NO_SYSCALL;

@@ -99,8 +99,9 @@ static __always_inline struct payload *reserve_payload(struct cpu_state *cpu, __
 	return payload;
 }
 
-__noinline int write_payload(struct cpu_state *cpu, __u64 hot_index, __u32 length, __u8 shape)
+__noinline int write_payload(OF_CPU __u64 hot_index, __u32 length, __u8 shape)
 {
+	FIND_CPU();
 	__u64 vectors, count, base, index;
 	struct payload *payload;
 

@@ -59,7 +59,7 @@ static __always_inline void inherit_interpreter(__u32 parent, __u32 child)
 }
 
 SEC("tp_btf/sched_process_fork")
-int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
+int WRITES(on_fork, struct task_struct *parent, struct task_struct *child)
 {
 	struct cpu_state *cpu = this_cpu();
 	bool thread = parent->tgid == child->tgid;
@@ -69,6 +69,7 @@ int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 
 	if (!cpu)
 		return 0;
+	forget_before(child);
 	record = record_of(parent);
 	if (record ? record->phase == PHASE_DORMANT || (!thread && !follow_children)
 		   : !record_everything || parent->tgid == recorder_tgid)
@@ -98,7 +99,7 @@ static __always_inline void forget_interpreter(__u32 tgid)
 }
 
 SEC("tp_btf/sched_process_exec")
-int BPF_PROG(on_exec, struct task_struct *task, int old_tid, struct linux_binprm *bprm)
+int WRITES(on_exec, struct task_struct *task, int old_tid, struct linux_binprm *bprm)
 {
 	struct cpu_state *cpu = this_cpu();
 	struct task_record *record = record_of(task);
@@ -141,12 +142,7 @@ int BPF_PROG(on_exec, struct task_struct *task, int old_tid, struct linux_binprm
  */
 static __always_inline bool ends_process(struct task_struct *task)
 {
-	struct task_record *leader;
-
-	if (task->signal->live.counter)
-		return false;
-	leader = record_of(task->group_leader);
-	return !leader || !__sync_lock_test_and_set(&leader->ended, 1);
+	return !task->signal->live.counter && is_first_to_end(task->group_leader);
 }
 
 /* What the parent gets from wait: as wait_task_zombie() finds it. */
@@ -158,7 +154,7 @@ static __always_inline int wait_status(struct task_struct *task)
 }
 
 SEC("tp_btf/sched_process_exit")
-int BPF_PROG(on_exit, struct task_struct *task)
+int WRITES(on_exit, struct task_struct *task)
 {
 	struct cpu_state *cpu = this_cpu();
 	struct task_record *record = record_of(task);
@@ -239,11 +235,38 @@ static __always_inline __u32 wanted(struct task_struct *task)
 	return 0;
 }
 
+#ifdef OLD_KERNELS
+enum { KERNEL_STACK_BYTES = 16384 }; /* 4 pages; kernels with KASAN have more, and there no call is found */
+
+static __always_inline void find_call_in_stack(struct task_struct *task, struct flight *flight, __u64 since)
+{
+	void *end = task->stack + KERNEL_STACK_BYTES;
+	struct pt_regs *regs = (struct pt_regs *)(end - bpf_core_type_size(struct pt_regs));
+	long number = SAVED(regs, SYSCALL_NUMBER_FIELD);
+
+	if (!task->stack || !SAVED_IN_USER_MODE(regs) || number < 0)
+		return;
+	flight->number = number;
+	flight->arg0 = SAVED(regs, SYSCALL_ARG0_FIELD);
+	flight->arg1 = SAVED(regs, SYSCALL_ARG1_FIELD);
+	flight->arg2 = SAVED(regs, SYSCALL_ARG2_FIELD);
+	flight->start_ns = since;
+}
+#endif
+
 /* The call that a sleeping thread is inside of, whose entry was not seen; start_ns stays 0 for none. */
 static __always_inline void find_call(struct task_struct *task, struct flight *flight, __u64 since)
 {
-	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
+	struct pt_regs *regs;
 
+#ifdef OLD_KERNELS
+	/* before 5.15 (commit dd6e10fbd9fb): they are at the end of the kernel stack */
+	if (!bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs)) {
+		find_call_in_stack(task, flight, since);
+		return;
+	}
+#endif
+	regs = (struct pt_regs *)bpf_task_pt_regs(task);
 	if (SYSCALL_NUMBER(regs) < 0)
 		return; /* it waits for a page */
 	take_arguments(flight, (__u64)task, regs, SYSCALL_NUMBER(regs));

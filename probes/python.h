@@ -134,7 +134,7 @@ static __always_inline bool write_context(struct cpu_state *cpu, __u64 context, 
 
 static __always_inline __u64 new_context_number(struct cpu_state *cpu)
 {
-	__u64 count = __sync_fetch_and_add(&cpu->contexts_made, 1) + 1;
+	__u64 count = new_number(cpu);
 
 	return (__u64)bpf_get_smp_processor_id() << CONTEXT_ID_BITS | count;
 }
@@ -175,7 +175,7 @@ static __always_inline __u64 data_stack(struct interpreter *python, __u64 state)
  */
 static __always_inline bool is_home(__u64 address)
 {
-	struct task_record *record = record_of(bpf_get_current_task_btf());
+	struct task_record *record = record_of(CURRENT_TASK());
 
 	if (!record)
 		return false;
@@ -185,7 +185,7 @@ static __always_inline bool is_home(__u64 address)
 }
 
 /* The number of the context that a thread state names; 0: the thread itself. */
-__noinline __u64 number_context(struct cpu_state *cpu, struct interpreter *python, __u64 state, __u64 address)
+GLOBAL __u64 number_context(struct cpu_state *cpu, struct interpreter *python, __u64 state, __u64 address)
 {
 	__u32 entered = 0;
 
@@ -205,13 +205,13 @@ __noinline __u64 number_context(struct cpu_state *cpu, struct interpreter *pytho
 }
 
 /* The logical context that the current thread runs in. */
-__noinline __u64 current_context(struct cpu_state *cpu, struct interpreter *python)
+GLOBAL __u64 current_context(struct cpu_state *cpu, struct interpreter *python)
 {
 	__u64 state, address;
 
 	if (!cpu || !python)
 		return 0;
-	address = context_address(cpu, python, bpf_get_current_task_btf(), &state);
+	address = context_address(cpu, python, CURRENT_TASK(), &state);
 	return number_context(cpu, python, state, address);
 }
 
@@ -219,7 +219,7 @@ __noinline __u64 current_context(struct cpu_state *cpu, struct interpreter *pyth
  * At the entry of a call: tell the context that it is in, if it is not that of the call before. If that
  * cannot be told, the call may not be recorded either.
  */
-__noinline int follow_context(struct cpu_state *cpu)
+GLOBAL int follow_context(struct cpu_state *cpu)
 {
 	struct interpreter *python;
 	__u64 context;
@@ -250,8 +250,8 @@ static __always_inline __u32 interpreter_here(struct cpu_state *cpu, struct task
 
 static __always_inline int made_context(struct pt_regs *regs, __u8 kind)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
-	struct context_key key = {.address = FUNCTION_RESULT(regs), .tgid = task->tgid};
+	struct task_struct *task = CURRENT_TASK();
+	struct context_key key = {.address = FUNCTION_RESULT(regs), .tgid = FIELD(task, tgid)};
 	struct cpu_state *cpu = this_cpu();
 	struct interpreter *python;
 	__u64 context, parent;
@@ -271,13 +271,13 @@ static __always_inline int made_context(struct pt_regs *regs, __u8 kind)
 }
 
 SEC("uretprobe")
-int on_context_copied(struct pt_regs *regs)
+int WRITES_AT(LEVEL_TASK, on_context_copied, struct pt_regs *regs)
 {
 	return made_context(regs, CONTEXT_COPIED);
 }
 
 SEC("uretprobe")
-int on_context_made(struct pt_regs *regs)
+int WRITES_AT(LEVEL_TASK, on_context_made, struct pt_regs *regs)
 {
 	return made_context(regs, CONTEXT_NEW);
 }
@@ -286,7 +286,7 @@ int on_context_made(struct pt_regs *regs)
 
 static __always_inline int write_handoff(struct pt_regs *regs, __u64 item, __u64 queue, bool put)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_struct *task = CURRENT_TASK();
 	struct cpu_state *cpu = this_cpu();
 	struct interpreter *python;
 	struct handoff *handoff;
@@ -307,8 +307,8 @@ static __always_inline int write_handoff(struct pt_regs *regs, __u64 item, __u64
 	handoff->kind = RECORD_HANDOFF;
 	handoff->flags = put;
 	handoff->time_ns = bpf_ktime_get_ns();
-	handoff->tgid = task->tgid;
-	handoff->tid = task->pid;
+	handoff->tgid = FIELD(task, tgid);
+	handoff->tid = FIELD(task, pid);
 	handoff->context = context;
 	handoff->item = item;
 	handoff->queue = queue;
@@ -319,20 +319,20 @@ static __always_inline int write_handoff(struct pt_regs *regs, __u64 item, __u64
 
 /* (queue, item, ...) */
 SEC("uprobe")
-int on_put(struct pt_regs *regs)
+int WRITES_AT(LEVEL_TASK, on_put, struct pt_regs *regs)
 {
 	return write_handoff(regs, FUNCTION_ARG1(regs), FUNCTION_ARG0(regs), true);
 }
 
 /* (queue, arguments, ...): the item is the first of an array */
 SEC("uprobe")
-int on_put_array(struct pt_regs *regs)
+int WRITES_AT(LEVEL_TASK, on_put_array, struct pt_regs *regs)
 {
 	return write_handoff(regs, read_user_word(FUNCTION_ARG1(regs)), FUNCTION_ARG0(regs), true);
 }
 
 SEC("uretprobe")
-int on_got(struct pt_regs *regs)
+int WRITES_AT(LEVEL_TASK, on_got, struct pt_regs *regs)
 {
 	return write_handoff(regs, FUNCTION_RESULT(regs), 0, false);
 }
@@ -343,8 +343,8 @@ int on_got(struct pt_regs *regs)
  * A call of futex that waited for the GIL: its address lies within the struct that holds it. Whoever
  * gave the GIL up last stands in that struct.
  */
-static __always_inline void write_gil(struct cpu_state *cpu, struct interpreter *python, __u64 duration_ns,
-				      __u8 status)
+static __noinline int write_gil(struct cpu_state *cpu, struct interpreter *python, __u64 duration_ns,
+				__u8 status)
 {
 	__u64 index, holder = read_user_word(python->gil + python->gil_holder), thread;
 	struct gil *gil;
@@ -360,7 +360,7 @@ static __always_inline void write_gil(struct cpu_state *cpu, struct interpreter 
 	gil = hot_reserve(cpu, &index);
 	if (!gil) {
 		count_loss(cpu, LOSS_GIL);
-		return;
+		return 0;
 	}
 	gil->reserved0 = 0;
 	gil->kind = RECORD_GIL;
@@ -373,27 +373,30 @@ static __always_inline void write_gil(struct cpu_state *cpu, struct interpreter 
 	gil->reserved1 = 0;
 	gil->reserved2[0] = gil->reserved2[1] = gil->reserved2[2] = 0;
 	commit(&gil->sequence, index);
+	return 0;
 }
 
 /* A call of munmap: what was at that address is no greenlet's stack any more, nor the thread's. */
-static __always_inline void end_greenlet(struct cpu_state *cpu, struct interpreter *python)
+static __noinline int end_greenlet(struct cpu_state *cpu, struct interpreter *python)
 {
 	struct context_key key = {.address = cpu->flight.arg0 + 1, .tgid = cpu->tgid};
 	struct task_record *record;
 
 	if (!(python->flags & INTERPRETER_GREENLETS))
-		return;
+		return 0;
 	bpf_map_delete_elem(&contexts, &key);
-	record = record_of(bpf_get_current_task_btf());
+	record = record_of(CURRENT_TASK());
 	if (record && record->home == cpu->flight.arg0)
 		record->home = GONE;
+	return 0;
 }
 
 #include "stacks.h"
 
 /* After a call of a Python thread: what else there is to tell of it. */
-__noinline int after_call(struct cpu_state *cpu, __u64 duration_ns, __u32 status)
+__noinline int after_call(OF_CPU __u64 duration_ns, __u32 status)
 {
+	FIND_CPU();
 	struct interpreter *python;
 	__u64 waited_ns;
 
@@ -410,9 +413,9 @@ __noinline int after_call(struct cpu_state *cpu, __u64 duration_ns, __u32 status
 	if (cpu->flight.number == munmap_number)
 		end_greenlet(cpu, python);
 	if (record_samples && waited_ns >= long_wait_ns)
-		take_sample(cpu, SAMPLE_WAIT, cpu->flight.start_ns, waited_ns, 0);
+		take_sample(WITH_CPU SAMPLE_WAIT, cpu->flight.start_ns, waited_ns, 0);
 	else if (record_samples && cpu->turned)
-		take_sample(cpu, SAMPLE_MESSAGE, cpu->flight.start_ns, duration_ns, 0);
+		take_sample(WITH_CPU SAMPLE_MESSAGE, cpu->flight.start_ns, duration_ns, 0);
 	cpu->turned = 0;
 	return 0;
 }

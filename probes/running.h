@@ -43,7 +43,7 @@ static __always_inline void take_up(struct cpu_state *cpu, struct task_struct *t
 				    struct task_record *record, __u64 now)
 {
 	if (record->interpreter_changes != interpreter_changes)
-		ask_for_interpreter(record, task->tgid);
+		ask_for_interpreter(record, FIELD(task, tgid));
 	if (record->left_ns && (record_offcpu || ((record_samples || record_gil) && record->interpreter))) {
 		now = now ?: bpf_ktime_get_ns();
 		if (record_offcpu)
@@ -58,8 +58,8 @@ static __always_inline void take_up(struct cpu_state *cpu, struct task_struct *t
 	record->left_ns = record->woken_ns = 0;
 	cpu->task = (__u64)task;
 	cpu->recorded = 1;
-	cpu->tgid = task->tgid;
-	cpu->tid = task->pid;
+	cpu->tgid = FIELD(task, tgid);
+	cpu->tid = FIELD(task, pid);
 	if (record->in_flight) {
 		cpu->flight = record->flight;
 		cpu->in_flight = record->registers;
@@ -73,7 +73,7 @@ static __always_inline void take_up(struct cpu_state *cpu, struct task_struct *t
  */
 static __noinline int look_up_running(struct cpu_state *cpu, __u64 registers, __u64 *since)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_struct *task = CURRENT_TASK();
 	struct task_record *record, fresh = {};
 	__u8 phase;
 
@@ -85,7 +85,7 @@ static __noinline int look_up_running(struct cpu_state *cpu, __u64 registers, __
 	cpu->thread_state = 0;
 	cpu->task = (__u64)task;
 	record = record_of(task);
-	if (!record && record_everything && task->tgid != recorder_tgid) {
+	if (!record && record_everything && FIELD(task, tgid) != recorder_tgid) {
 		record = new_record_of(task, &fresh);
 		if (!record)
 			count_loss(cpu, LOSS_TASKS);
@@ -129,7 +129,7 @@ static __always_inline void switch_out(struct cpu_state *cpu, struct task_struct
 	record->left_status = STATUS_COMPLETE;
 	/* it waits for a page: how long is told by the row of offcpu that begins now */
 	if (record_samples && cpu->interpreter && !record->in_flight && record->left_state != TASK_RUNNING)
-		take_sample(cpu, SAMPLE_FAULT, now, 0, 0);
+		take_sample(WITH_CPU SAMPLE_FAULT, now, 0, 0);
 }
 
 static __always_inline void switch_in(struct cpu_state *cpu, struct task_struct *task, __u64 now)
@@ -149,7 +149,7 @@ static __always_inline void switch_in(struct cpu_state *cpu, struct task_struct 
 }
 
 SEC("tp_btf/sched_switch")
-int BPF_PROG(on_sched_switch, bool preempted, struct task_struct *previous, struct task_struct *next)
+int WRITES_MANY(on_sched_switch, bool preempted, struct task_struct *previous, struct task_struct *next)
 {
 	struct cpu_state *cpu = this_cpu();
 	__u32 state = 0;

@@ -28,6 +28,13 @@ enum {
 	STACK_PARTS = (STACK_FRAMES + STACK_PART_FRAMES - 1) / STACK_PART_FRAMES,
 };
 
+/* A str in the process's memory. */
+struct text {
+	__u64 data;
+	__u32 length; /* characters */
+	__u32 width;  /* bytes per character */
+};
+
 struct walk {
 	__u64 hash;
 	__u64 time_ns;
@@ -38,8 +45,13 @@ struct walk {
 	__u32 born; /* of the process: its number may be another's later */
 	__u32 taken; /* frames */
 	__u32 truncated;
+	__u32 interpreter; /* its element */
+	__u32 number; /* of this walk */
 	__u32 reserved;
-	__u64 lines; /* of the code object that is being told: where its line table is */
+	/* of the code object that is being told: where its line table, name and file are */
+	__u64 lines;
+	struct text name;
+	struct text file;
 	struct code_part code;
 	struct frame frames[STACK_FRAMES];
 	char state[STATE_BYTES];
@@ -94,8 +106,25 @@ static __always_inline __u64 epoch_of(__u32 tgid)
 
 static __always_inline __u32 birth_of(struct task_struct *task)
 {
-	return task->group_leader->start_boottime >> 10;
+	return FIELD_OF(task, group_leader, start_boottime) >> 10;
 }
+
+/*
+ * What the functions get that are called for each frame. Where they may only be given numbers (see GLOBAL) they
+ * look the rest up again: else the verifier would look at them for each frame.
+ */
+#ifdef OLD_KERNELS
+#define WALK_ARGUMENTS walk->number
+#define WALK_PARAMETERS __u32 walk_number
+#define FIND_WALK()                                                                             \
+	struct walk *walk = bpf_map_lookup_elem(&walks, &walk_number);                          \
+	struct interpreter *python = walk ? interpreter_at(walk->interpreter) : NULL;           \
+	struct cpu_state *cpu __attribute__((unused)) = this_cpu()
+#else
+#define WALK_ARGUMENTS cpu, walk, python
+#define WALK_PARAMETERS struct cpu_state *cpu, struct walk *walk, struct interpreter *python
+#define FIND_WALK()
+#endif
 
 /* ---- walking --------------------------------------------------------------------------------------- */
 
@@ -159,8 +188,9 @@ static __always_inline __u64 first_frame(struct walk *walk, struct interpreter *
  * A function of its own, whose state is all in memory: the verifier looks at it once, instead of once per
  * frame and way through it.
  */
-__noinline int take_frame(struct walk *walk, struct interpreter *python)
+__noinline int take_frame(WALK_PARAMETERS)
 {
+	FIND_WALK();
 	__u64 code, instruction;
 	__u32 count, offset;
 	char *at;
@@ -197,18 +227,18 @@ __noinline int take_frame(struct walk *walk, struct interpreter *python)
 }
 
 /* From walk->state fills walk->frames and walk->hash; returns how many frames. */
-__noinline int walk_frames(struct walk *walk, struct interpreter *python)
+GLOBAL int walk_frames(struct cpu_state *cpu, struct walk *walk, struct interpreter *python)
 {
 	__u32 i;
 
-	if (!walk || !python)
+	if (!cpu || !walk || !python)
 		return 0;
 	walk->next = first_frame(walk, python);
 	walk->truncated = walk->taken = 0;
 	copy_data_stack(walk, python);
 	/* shims are passed over, so that there may be more frames than are kept */
 	for (i = 0; i < 2 * STACK_FRAMES && walk->next; i++)
-		if (!take_frame(walk, python))
+		if (!take_frame(WALK_ARGUMENTS))
 			return 0;
 	if (walk->next)
 		walk->truncated = 1;
@@ -224,12 +254,6 @@ static __always_inline __u64 at_most(__u64 bytes, __u64 limit)
 	asm volatile("" : "+r"(bytes));
 	return bytes > limit ? limit : bytes;
 }
-
-struct text {
-	__u64 data;
-	__u32 length; /* characters */
-	__u32 width;  /* bytes per character */
-};
 
 static __always_inline void find_text(struct interpreter *python, __u64 object, struct text *text)
 {
@@ -250,7 +274,7 @@ static __always_inline void find_text(struct interpreter *python, __u64 object, 
 }
 
 /* One of the further slots of a long line table, whose first one is in walk->code. Returns whether it is told. */
-__noinline int write_lines(struct cpu_state *cpu, struct walk *walk, __u32 part)
+GLOBAL int write_lines(struct cpu_state *cpu, struct walk *walk, __u32 part)
 {
 	struct code_part *more;
 	__u64 index, rest;
@@ -273,9 +297,9 @@ __noinline int write_lines(struct cpu_state *cpu, struct walk *walk, __u32 part)
 
 static __always_inline int write_code(struct cpu_state *cpu, struct walk *walk, struct interpreter *python, __u64 code)
 {
-	struct text name, file;
 	struct code_part *part;
 	struct code_part *head;
+	struct text *name, *file;
 	__u64 index, lines, bytes;
 	__u32 whole, number, first_line = 0;
 	char *at;
@@ -283,8 +307,10 @@ static __always_inline int write_code(struct cpu_state *cpu, struct walk *walk, 
 	if (!cpu || !walk || !python)
 		return 0;
 	head = &walk->code;
-	find_text(python, read_user_word(code + python->code_name), &name);
-	find_text(python, read_user_word(code + python->code_file), &file);
+	name = &walk->name;
+	file = &walk->file;
+	find_text(python, read_user_word(code + python->code_name), name);
+	find_text(python, read_user_word(code + python->code_file), file);
 	lines = read_user_word(code + python->code_lines);
 	bpf_probe_read_user(&first_line, sizeof(first_line), (void *)(code + python->code_first_line));
 	part = wide_reserve(cpu, &index, wide_slots / 8);
@@ -300,19 +326,19 @@ static __always_inline int write_code(struct cpu_state *cpu, struct walk *walk, 
 	head->lines_total = read_user_word(lines + python->bytes_size);
 	head->version = python->version;
 	head->first_instruction = python->code_instructions;
-	head->name_length = name.length;
-	head->file_length = file.length;
-	head->name_width = name.width;
-	head->file_width = file.width;
+	head->name_length = name->length;
+	head->file_length = file->length;
+	head->name_width = name->width;
+	head->file_width = file->width;
 	walk->lines = lines + python->bytes_data;
 	at = (char *)(part + 1);
-	bytes = at_most(name.length * name.width, CODE_NAME_BYTES);
-	if (bpf_probe_read_user(at, bytes, (void *)name.data))
+	bytes = at_most(name->length * name->width, CODE_NAME_BYTES);
+	if (bpf_probe_read_user(at, bytes, (void *)name->data))
 		head->name_width = 0;
 	/* of a long path the end tells more */
-	whole = file.length * file.width;
+	whole = file->length * file->width;
 	bytes = at_most(whole, CODE_FILE_BYTES);
-	if (bpf_probe_read_user(at + CODE_NAME_BYTES, bytes, (void *)(file.data + whole - bytes)))
+	if (bpf_probe_read_user(at + CODE_NAME_BYTES, bytes, (void *)(file->data + whole - bytes)))
 		head->file_width = 0;
 	bytes = at_most(head->lines_total, CODE_PART_BYTES);
 	if (!bpf_probe_read_user(at + CODE_NAME_BYTES + CODE_FILE_BYTES, bytes, (void *)walk->lines))
@@ -329,8 +355,9 @@ static __always_inline int write_code(struct cpu_state *cpu, struct walk *walk, 
 }
 
 /* Tells the code object of a frame, if it was not told before. Returns whether it is told. */
-__noinline int tell_code(struct cpu_state *cpu, struct walk *walk, struct interpreter *python, __u32 number)
+__noinline int tell_code(WALK_PARAMETERS, __u32 number)
 {
+	FIND_WALK();
 	struct code_key key = {};
 	__u32 told = 1;
 
@@ -348,7 +375,7 @@ __noinline int tell_code(struct cpu_state *cpu, struct walk *walk, struct interp
 }
 
 /* One slot of a stack's frames. Returns whether it is told. */
-__noinline int write_part(struct cpu_state *cpu, struct walk *walk, __u32 number)
+GLOBAL int write_part(struct cpu_state *cpu, struct walk *walk, __u32 number)
 {
 	struct stack_part *part;
 	__u32 first, frames;
@@ -379,14 +406,14 @@ __noinline int write_part(struct cpu_state *cpu, struct walk *walk, __u32 number
 }
 
 /* The record of a stack, with those of its code objects that were not told before. */
-__noinline int tell_stack(struct cpu_state *cpu, struct walk *walk, struct interpreter *python)
+GLOBAL int tell_stack(struct cpu_state *cpu, struct walk *walk, struct interpreter *python)
 {
 	__u32 number, told = 1;
 
 	if (!cpu || !walk || !python)
 		return 0;
 	for (number = 0; number < STACK_FRAMES && number < walk->taken; number++)
-		if (!tell_code(cpu, walk, python, number))
+		if (!tell_code(WALK_ARGUMENTS, number))
 			goto lost;
 	for (number = 0; number < STACK_PARTS && number * STACK_PART_FRAMES < walk->taken; number++)
 		if (!write_part(cpu, walk, number))
@@ -401,8 +428,8 @@ lost:
 /* ---- samples --------------------------------------------------------------------------------------- */
 
 /* Reads the current thread's PyThreadState into walk->state; returns its address, 0: it has none. */
-static __always_inline __u64 read_state(struct cpu_state *cpu, struct walk *walk, struct interpreter *python,
-					struct task_struct *task)
+static __noinline __u64 read_state(struct cpu_state *cpu, struct walk *walk, struct interpreter *python,
+				   struct task_struct *task)
 {
 	__u64 state;
 	int i;
@@ -419,31 +446,42 @@ static __always_inline __u64 read_state(struct cpu_state *cpu, struct walk *walk
 	return 0;
 }
 
-/* The current thread's Python stack and context; 0: it has none, or it could not be read. */
-__noinline int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 interrupt)
+/* What a sample tells; 0: there is none, or it could not be read. */
+struct taken {
+	__u64 context;
+	__u64 stack;
+};
+
+/* The current thread's Python stack and context. */
+GLOBAL int take_stack(struct cpu_state *cpu, struct taken *taken, __u32 interrupt)
 {
-	__u32 index = bpf_get_smp_processor_id() * WALKS + (interrupt & 1);
-	struct task_struct *task = bpf_get_current_task_btf();
+	__u32 index = bpf_get_smp_processor_id() * WALKS + (interrupt & 1), element;
+	struct task_struct *task = CURRENT_TASK();
 	struct interpreter *python;
 	struct walk *walk;
 	__u64 state;
 	int count;
 
-	if (!cpu || !sample)
+	if (!cpu || !taken)
 		return 0;
 	walk = bpf_map_lookup_elem(&walks, &index);
-	python = interpreter_at(interpreter_here(cpu, task));
+	element = interpreter_here(cpu, task);
+	python = interpreter_at(element);
 	if (!walk || !python || !(python->flags & INTERPRETER_STACKS))
 		return 0;
+#ifdef OLD_KERNELS
+	walk->number = index;
+	walk->interpreter = element;
+#endif
 	state = read_state(cpu, walk, python, task);
 	if (!state)
 		return 0;
-	sample->context =
+	taken->context =
 		number_context(cpu, python, state, state_field(walk, python, python->tstate_context));
-	walk->tgid = task->tgid;
+	walk->tgid = FIELD(task, tgid);
 	walk->born = birth_of(task);
 	walk->hash = mix_hash(epoch_of(walk->tgid), (__u64)walk->tgid << 32 | walk->born);
-	count = walk_frames(walk, python);
+	count = walk_frames(cpu, walk, python);
 	if (count <= 0)
 		return 0;
 	if (!bpf_map_lookup_elem(&stacks_told, &walk->hash)) {
@@ -451,16 +489,17 @@ __noinline int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 in
 		walk->time_ns = bpf_ktime_get_ns();
 		tell_stack(cpu, walk, python);
 	}
-	sample->stack = walk->hash;
+	taken->stack = walk->hash;
 	return 0;
 }
 
 /* `instruction`: where the clock interrupted user space, 0: the kernel. */
-__noinline int take_sample(struct cpu_state *cpu, __u32 reason, __u64 time_ns, __u64 duration_ns,
+__noinline int take_sample(OF_CPU __u32 reason, __u64 time_ns, __u64 duration_ns,
 			   __u64 instruction)
 {
+	FIND_CPU();
 	__u64 identity = bpf_get_current_pid_tgid(), index;
-	struct sample taken = {};
+	struct taken taken = {};
 	struct sample *sample;
 
 	if (!cpu)
@@ -488,14 +527,14 @@ __noinline int take_sample(struct cpu_state *cpu, __u32 reason, __u64 time_ns, _
 
 /* The sampling clock ticked. */
 SEC("perf_event")
-int on_tick(__u64 *words)
+int WRITES_AT(LEVEL_CLOCK, on_tick, __u64 *words)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_struct *task = CURRENT_TASK();
 	struct cpu_state *cpu = this_cpu();
 	struct task_record *record;
 	__u64 instruction = TICK_IN_USER_MODE(words) ? TICK_INSTRUCTION(words) : 0;
 
-	if (!cpu || !python_wanted || !task->pid)
+	if (!cpu || !python_wanted || !FIELD(task, pid))
 		return 0;
 	if (cpu->task == (__u64)task) {
 		if (!cpu->recorded)
@@ -505,7 +544,7 @@ int on_tick(__u64 *words)
 		if (!record || record->phase == PHASE_DORMANT)
 			return 0;
 	}
-	take_sample(cpu, SAMPLE_CPU, bpf_ktime_get_ns(), 0, instruction);
+	take_sample(WITH_CPU SAMPLE_CPU, bpf_ktime_get_ns(), 0, instruction);
 	return 0;
 }
 
@@ -513,10 +552,10 @@ int on_tick(__u64 *words)
 SEC("uprobe")
 int on_code_freed(struct pt_regs *regs)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_struct *task = CURRENT_TASK();
 	struct cpu_state *cpu = this_cpu();
-	struct code_key key = {.code = FUNCTION_ARG0(regs), .tgid = task->tgid, .born = birth_of(task)};
-	__u32 index = task->tgid & (EPOCHS - 1);
+	struct code_key key = {.code = FUNCTION_ARG0(regs), .tgid = FIELD(task, tgid), .born = birth_of(task)};
+	__u32 index = key.tgid & (EPOCHS - 1);
 	__u64 *epoch;
 
 	if (!cpu || !interpreter_here(cpu, task) || !bpf_map_lookup_elem(&codes_told, &key))

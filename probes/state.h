@@ -1,15 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * State that the probes share: who is recorded, what each thread and CPU is doing, and the rings.
+ * State that the probes share: who is recorded, and what each thread and CPU is doing. How records get
+ * to user space: rings.h or perf.h; what is remembered of a thread: tasks.h.
  *
  * The hot path (sys_enter, sys_exit) calls no helper but the clock: what it needs lies in this CPU's
  * element of `cpus`, which sched_switch keeps up to date. Array look-ups, the CPU number and the current
  * task are inlined by the JIT; each helper call that is saved is worth 10 to 20 ns where return thunks
  * and retpolines are on. A thread's own storage is touched only when it leaves or enters a CPU.
- *
- * The rings are arrays that user space maps: slots of a fixed size, one run of slots per CPU, a head
- * that only producers move and a tail that only the reader moves. Against BPF_MAP_TYPE_RINGBUF that
- * saves two helper calls and a lock per record (22 ns of 250 ns per recorded call, measured).
  */
 #ifndef SCOPE_STATE_H
 #define SCOPE_STATE_H
@@ -29,7 +26,7 @@ const volatile bool follow_children = false;
 const volatile bool seek_cgroups = false; /* membership is by `cgroups`, not by `targets` */
 const volatile bool switch_tells_state = false; /* sched_switch has prev_state (5.18) */
 const volatile __u32 recorder_tgid = 0;
-const volatile __u32 hot_slots = 1; /* per CPU, a power of two */
+const volatile __u32 hot_slots = 1; /* per CPU; in rings.h a power of two */
 const volatile __u32 wide_slots = 1;
 const volatile __u32 payload_limit = 0; /* bytes of a payload head; 0: none */
 const volatile __u64 long_wait_ns = 0; /* from this on a wait in a call gets a stack */
@@ -108,13 +105,6 @@ struct task_record {
 };
 
 struct {
-	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct task_record);
-} tasks SEC(".maps");
-
-struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 65536);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -130,6 +120,8 @@ struct {
 	__type(key, __u64);
 	__type(value, __u32);
 } cgroups SEC(".maps");
+
+#include "tasks.h"
 
 /* Set by user space when entries are seen, too: an exit without one means something only then. */
 __u32 entries_seen = 0;
@@ -158,26 +150,6 @@ struct {
 	__type(value, __u32);
 } pythons SEC(".maps");
 
-struct hot_slot {
-	__u64 words[HOT_SLOT_BYTES / 8];
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(map_flags, BPF_F_MMAPABLE);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct hot_slot);
-} hot SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(map_flags, BPF_F_MMAPABLE);
-	__uint(max_entries, 1);
-	__uint(key_size, sizeof(__u32));
-	__uint(value_size, 512); /* set by user space: header and payload_limit */
-} wide SEC(".maps");
-
 static __always_inline struct cpu_state *this_cpu(void)
 {
 	__u32 cpu = bpf_get_smp_processor_id();
@@ -185,51 +157,30 @@ static __always_inline struct cpu_state *this_cpu(void)
 	return bpf_map_lookup_elem(&cpus, &cpu);
 }
 
+/*
+ * Functions that are looked at by themselves get this CPU's state, or look it up again where they may only be
+ * given numbers: see GLOBAL.
+ */
+#ifdef OLD_KERNELS
+#define OF_CPU
+#define WITH_CPU
+#define FIND_CPU() struct cpu_state *cpu = this_cpu()
+#else
+#define OF_CPU struct cpu_state *cpu,
+#define WITH_CPU cpu,
+#define FIND_CPU()
+#endif
+
 static __always_inline void count_loss(struct cpu_state *cpu, enum loss_kind kind)
 {
 	__sync_fetch_and_add(&cpu->lost[kind], 1);
 }
 
-/*
- * A slot of this CPU's hot ring, or NULL when the reader is behind. The caller fills it and ends with
- * commit(). Its index is left in *index.
- */
-static __always_inline void *hot_reserve(struct cpu_state *cpu, __u64 *index)
-{
-	__u32 slot;
-
-	if (cpu->hot_head - cpu->hot_tail >= hot_slots - RING_MARGIN)
-		return NULL;
-	*index = __sync_fetch_and_add(&cpu->hot_head, 1);
-	slot = bpf_get_smp_processor_id() * hot_slots + ((__u32)*index & (hot_slots - 1));
-	return bpf_map_lookup_elem(&hot, &slot);
-}
-
-/* Likewise for the wide ring; the last `spare` slots are not taken. */
-static __always_inline void *wide_reserve(struct cpu_state *cpu, __u64 *index, __u32 spare)
-{
-	__u32 slot;
-
-	if (cpu->wide_head - cpu->wide_tail >= wide_slots - RING_MARGIN - spare)
-		return NULL;
-	*index = __sync_fetch_and_add(&cpu->wide_head, 1);
-	slot = bpf_get_smp_processor_id() * wide_slots + ((__u32)*index & (wide_slots - 1));
-	return bpf_map_lookup_elem(&wide, &slot);
-}
-
-/*
- * The sequence goes in last; the reader takes a slot only when it holds the value for its index. Stores
- * keep their order on x86; elsewhere an atomic exchange orders them.
- */
-static __always_inline void commit(__u32 *sequence, __u64 index)
-{
-	barrier();
-#if defined(__TARGET_ARCH_x86)
-	*(volatile __u32 *)sequence = (__u32)index + 1;
+#ifdef PERF_TRANSPORT
+#include "perf.h"
 #else
-	__sync_lock_test_and_set(sequence, (__u32)index + 1);
+#include "rings.h"
 #endif
-}
 
 /* Tells `task` of the CPU to be in another context from now on. Returns whether that could be told. */
 static __always_inline bool write_flow(struct cpu_state *cpu, __u64 context)
@@ -253,18 +204,6 @@ static __always_inline bool write_flow(struct cpu_state *cpu, __u64 context)
 	commit(&flow->sequence, index);
 	cpu->context = context;
 	return true;
-}
-
-static __always_inline struct task_record *record_of(struct task_struct *task)
-{
-	return bpf_task_storage_get(&tasks, task, NULL, 0);
-}
-
-/* With its content from the first moment on: the task may be switched in on another CPU at once. */
-static __always_inline struct task_record *new_record_of(struct task_struct *task,
-							 struct task_record *content)
-{
-	return bpf_task_storage_get(&tasks, task, content, BPF_LOCAL_STORAGE_GET_F_CREATE);
 }
 
 static __always_inline __u64 cgroup_of(struct task_struct *task)

@@ -81,11 +81,11 @@ static __always_inline void write_rows(struct cpu_state *cpu, struct pt_regs *re
 	if (!(record_messages && write_message(cpu, regs, result, duration_ns, status)) && record_syscalls)
 		write_call(cpu, &cpu->flight, duration_ns, result, status);
 	if (python && (cpu->waited_ns || cpu->turned || cpu->flight.number == munmap_number))
-		after_call(cpu, duration_ns, status);
+		after_call(WITH_CPU duration_ns, status);
 }
 
 SEC("tp_btf/sys_enter")
-int BPF_PROG(on_sys_enter, struct pt_regs *regs, long number)
+int WRITES(on_sys_enter, struct pt_regs *regs, long number)
 {
 	struct cpu_state *cpu = this_cpu();
 	__u64 thread = (__u64)regs, since;
@@ -131,7 +131,7 @@ static __noinline int exit_without_entry(struct cpu_state *cpu, struct pt_regs *
 }
 
 SEC("tp_btf/sys_exit")
-int BPF_PROG(on_sys_exit, struct pt_regs *regs, long result)
+int WRITES_MANY(on_sys_exit, struct pt_regs *regs, long result)
 {
 	struct cpu_state *cpu = this_cpu();
 	enum found found = FOUND_TRACED;

@@ -26,23 +26,6 @@ __u32 tls_wanted = 0;
 
 #define UNKNOWN_LENGTH 0xffffffffffffffffULL
 
-/* A call in flight; all zero: none. */
-struct tls_call {
-	__u64 start_ns;
-	__u64 ssl;
-	__u64 buffer;
-	__u64 size;	 /* of the buffer: no more can move */
-	__u64 length_at; /* where the callee leaves the length; 0: it is the result */
-	__u64 flags;	 /* FLAG_RECEIVE or 0 */
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct tls_call);
-} tls_calls SEC(".maps");
-
 struct tls_session_key {
 	__u64 ssl;
 	__u64 tgid;
@@ -79,13 +62,13 @@ static __always_inline bool is_recorded(struct cpu_state *cpu, struct task_struc
 
 static __always_inline int begin_tls(struct pt_regs *regs, __u64 length_at, __u64 flags)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_struct *task = CURRENT_TASK();
 	struct cpu_state *cpu = this_cpu();
 	struct tls_call *call;
 
 	if (!cpu || !is_recorded(cpu, task))
 		return 0;
-	call = bpf_task_storage_get(&tls_calls, task, NULL, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	call = new_tls_call_of(task);
 	if (!call) {
 		count_loss(cpu, LOSS_TLS);
 		return 0;
@@ -154,7 +137,7 @@ static __always_inline bool starts_tls_turn(__u32 tgid, struct tls_call *call)
 	return turn;
 }
 
-__noinline int write_plain_text(struct cpu_state *cpu, __u64 hot_index, __u64 buffer, __u32 length)
+GLOBAL int write_plain_text(struct cpu_state *cpu, __u64 hot_index, __u64 buffer, __u32 length)
 {
 	struct payload *payload;
 	__u64 index;
@@ -170,9 +153,9 @@ __noinline int write_plain_text(struct cpu_state *cpu, __u64 hot_index, __u64 bu
 }
 
 SEC("uretprobe")
-int on_tls_return(struct pt_regs *regs)
+int WRITES_AT(LEVEL_TASK, on_tls_return, struct pt_regs *regs)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_struct *task = CURRENT_TASK();
 	__u64 index, duration_ns, length, now, identity;
 	struct cpu_state *cpu = this_cpu();
 	struct tls_call *call;
@@ -182,7 +165,7 @@ int on_tls_return(struct pt_regs *regs)
 
 	if (!cpu || !is_recorded(cpu, task))
 		return 0;
-	call = bpf_task_storage_get(&tls_calls, task, NULL, 0);
+	call = tls_call_of(task);
 	if (!call || !call->start_ns)
 		return 0;
 	now = bpf_ktime_get_ns();

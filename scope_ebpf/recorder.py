@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,6 +202,8 @@ class Recorder:
                 LiveProcesses(tuple(target.tgid for target in self.plan.targets))
             )
             capture = stack.enter_context(Capture(self.plan.options))
+            chosen = replace(self.plan.options, transport=capture.transport)
+            self.plan = replace(self.plan, options=chosen)
             started_ns = time.monotonic_ns()
             marked = capture.start()
             check_same(self.plan.targets)  # now, so that it holds for what came before, too

@@ -15,6 +15,8 @@ Function = Callable[..., Any]
 
 MAX_PAYLOAD_BYTES = 32768
 MAX_SAMPLE_HZ = 4999
+# of loaders.transport, which takes longer to import than --help should
+TRANSPORTS = ("auto", "rings", "perf")
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 
@@ -99,6 +101,7 @@ class Choices:
     unredacted: bool
     sample_hz: int
     stacks_over: float
+    transport: str
 
     def capture(self) -> dict[str, Any]:
         """The same as arguments of loaders.capture.CaptureOptions."""
@@ -108,6 +111,7 @@ class Choices:
             "payload_bytes": self.payload_bytes,
             "sample_hz": self.sample_hz,
             "long_wait_ns": round(self.stacks_over * 1e9),
+            "transport": self.transport,
         }
 
 
@@ -121,6 +125,14 @@ def recording_options(function: Function) -> Function:
         return function(**arguments, choices=choices)
 
     for option in (
+        click.option(
+            "--transport",
+            type=click.Choice(TRANSPORTS),
+            default="auto",
+            show_default=True,
+            help="How records come out of the kernel: rings in mapped memory, or perf ring buffers, which"
+            " cost more and work on kernels before 5.13, too.",
+        ),
         click.option(
             "--stacks-over",
             type=Duration(),

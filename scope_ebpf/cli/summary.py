@@ -22,6 +22,7 @@ Examples:
   scope-ebpf summary shop.scope --json | jq .lost_total
   scope-ebpf summary shop.scope --json | jq '.tables.syscalls'
 """
+TRANSPORTS = {"rings": "mapped rings", "perf": "perf buffers"}
 MOST_TARGETS = 8
 MOST_NAMES = 8
 # System calls in the table: so many by total time, and so many more by each other measure.
@@ -92,7 +93,8 @@ def _print_head(found: Summary, console: Console) -> None:
         ("seen", f"{_count(found.processes, 'process', 'processes')}, "
                  f"{_count(found.threads, 'thread', 'threads')}"),
         ("recorder", f"{recorder['cpu_percent']:.1f} % of one CPU, "
-                     f"{units.size(recorder['peak_rss_bytes'])} of memory at most"),
+                     f"{units.size(recorder['peak_rss_bytes'])} of memory at most, through"
+                     f" {TRANSPORTS.get(found.transport, found.transport)}"),
     ]  # fmt: skip
     console.print(units.printable(Path(found.path).name), style="bold", soft_wrap=True)
     width = max(console.width, MIN_WIDTH)

@@ -91,6 +91,7 @@ class Meta:
     started_ns: Count
     ended_ns: Count | None  # None while it runs
     command: list[str]  # how the recorder was called
+    transport: str = "rings"  # how records came out of the kernel: rings or perf
     families: list[str]  # which groups of probes were on
     probes: list[str]  # that fill the table hits: what was asked for, and where it was found
     payload_bytes: Count  # how much of a payload was kept at most; 0: none

@@ -219,6 +219,7 @@ def first_meta(
         started_ns=started_ns,
         ended_ns=None,
         command=list(plan.command),
+        transport=options.transport,
         families=list(options.families),
         probes=[place.description for place in places.places if place.description]
         if places

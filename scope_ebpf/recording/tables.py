@@ -24,6 +24,9 @@ from scope_ebpf.recording.python_tables import (
 from scope_ebpf.recording.schema import SCHEMAS, frame
 from scope_ebpf.records import ProcessEvent, RecordFlags, RecordKind, RecordLimits
 
+# An index so far behind the newest one may still come: see probes/perf.h.
+INTERRUPTED = 1024
+
 Records = NDArray[np.void]
 Run = tuple[int, int, Records]  # cpu, index of the first slot in that CPU's ring, slots
 
@@ -34,11 +37,17 @@ PROBE_CALLS = (335, 336)
 
 
 def join_runs(runs: Iterable[Run]) -> tuple[NDArray[np.uint16], NDArray[np.uint64], Records]:
-    """All slots of some runs as one array, with each slot's CPU and index."""
+    """All slots of some runs as one array, with each slot's CPU and index.
+
+    The index is told by `sequence`: in a perf buffer some are left out, and an interrupt's may come first.
+    """
     chosen = list(runs)
     cpus = np.concatenate([np.full(len(slots), cpu, np.uint16) for cpu, _, slots in chosen])
     indices = np.concatenate(
-        [np.arange(first, first + len(slots), dtype=np.uint64) for _, first, slots in chosen]
+        [
+            (first + (slots["sequence"] - slots["sequence"][0]).astype(np.int32)).astype(np.uint64)
+            for _, first, slots in chosen
+        ]
     )
     return cpus, indices, np.concatenate([slots for _, _, slots in chosen])
 
@@ -162,7 +171,13 @@ class Payloads:
                 found[found] = wanted[at[found]] == heads.owners[found]
                 if not found.all():
                     # their messages were drained after them: they come with the next ones
-                    later = ~found if not len(drained) else ~found & (heads.owners > drained.max())
+                    # (or at the end of a program that was interrupted)
+                    newest = (
+                        int(drained.max()) - min(int(drained.max()), INTERRUPTED)
+                        if len(drained)
+                        else 0
+                    )
+                    later = ~found & (heads.owners > newest) if len(drained) else ~found
                     if later.any():
                         self._waiting.setdefault(cpu, []).append(heads.of(later))
                 if found.any():

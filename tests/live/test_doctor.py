@@ -14,10 +14,11 @@ import pytest
 
 from scope_ebpf.errors import LoadError
 from scope_ebpf.families import FAMILIES
-from scope_ebpf.loaders.capture import OBJECT, Capture, CaptureOptions
+from scope_ebpf.loaders.capture import Capture, CaptureOptions
 from scope_ebpf.loaders.doctor import examine, families
 from scope_ebpf.loaders.privileges import NEEDED, NEEDED_TO_LOOK
 from scope_ebpf.loaders.python.calls import try_breakpoint
+from scope_ebpf.loaders.transport import OBJECT
 
 pytestmark = [
     pytest.mark.live,

@@ -7,8 +7,9 @@ import pytest
 from scope_ebpf import records
 from scope_ebpf.loaders import hits
 from scope_ebpf.loaders.btf import Btf
-from scope_ebpf.loaders.capture import OBJECT, RECORDS
+from scope_ebpf.loaders.capture import RECORDS
 from scope_ebpf.loaders.elf import ElfObject
+from scope_ebpf.loaders.transport import OBJECT
 from scope_ebpf.records import PythonLimits, RecordLimits
 
 pytestmark = pytest.mark.object

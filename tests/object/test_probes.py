@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from elftools.elf.elffile import ELFFile
 
 from scope_ebpf import records
 from scope_ebpf.errors import FormatError
@@ -22,11 +23,12 @@ from scope_ebpf.loaders.capture import (
     CGROUP_PROGRAMS,
     ITERATORS,
     LIFE_PROGRAMS,
-    OBJECT,
     hot_dtype,
 )
 from scope_ebpf.loaders.elf import ElfObject
+from scope_ebpf.loaders.libbpf import BpfObject
 from scope_ebpf.loaders.tls import PROGRAMS as TLS_PROGRAMS
+from scope_ebpf.loaders.transport import OBJECT, PERF_OBJECT, STAGED_HOT, STAGED_WIDE, STAGES
 
 pytestmark = pytest.mark.object
 
@@ -211,3 +213,48 @@ def look(data: bytes) -> None:
     except FormatError as error:
         text = str(error)
         assert "\n" not in text
+
+
+def test_no_program_for_old_kernels_has_an_atomic_that_fetches():
+    """The verifier refuses these before 5.12, even where they are never reached."""
+    opened = ElfObject(PERF_OBJECT)
+    fetching = []
+    for section in sections(PERF_OBJECT):
+        code = opened.section(section)
+        for at in range(0, len(code), 8):
+            opcode, immediate = code[at], int.from_bytes(code[at + 4 : at + 8], "little")
+            if opcode in {0xC3, 0xDB} and immediate:  # BPF_STX | BPF_ATOMIC, 32 and 64 bits
+                fetching.append((section, at))
+    assert fetching == []
+
+
+def sections(path):
+    """The sections of an object that hold instructions."""
+    with path.open("rb") as stream:
+        found = [each.name for each in ELFFile(stream).iter_sections() if each["sh_flags"] & 4]
+    assert len(found) > 10
+    return found
+
+
+def test_both_objects_have_the_same_programs_but_for_what_old_kernels_need():
+    programs = [symbols(path) for path in (OBJECT, PERF_OBJECT)]
+    assert programs[1] - programs[0] == {"on_free"}
+    assert programs[0] - programs[1] == set()
+
+
+def symbols(path):
+    with BpfObject(path) as opened:
+        return set(opened.program_names())
+
+
+def test_python_and_the_probes_agree_on_the_stages():
+    source = (CHECKOUT / "probes" / "perf.h").read_text()
+    for text in (
+        "TASK_STAGES = 4,",
+        f"STAGED_HOT = {STAGED_HOT},",
+        "STAGED_WIDE = 256,",
+        "STAGED_FEW = 8,",
+    ):
+        assert text in source
+    assert STAGES == 6
+    assert STAGED_WIDE == 4 * 8 + 2 * 256
