@@ -74,9 +74,9 @@ def process_lives(processes: pl.DataFrame) -> pl.DataFrame:
         .select("tgid", told_ns="time_ns", told="command_line")
         .collect()
     )
-    first = pl.col("tgid").is_first_distinct()
+    again = ~pl.col("tgid").is_first_distinct()
     return _with_lines_of_parents(lives, told).with_columns(
-        since_ns=pl.when(first).then(pl.lit(_ALWAYS, pl.Int64)).otherwise("since_ns")
+        since_ns=pl.when(again).then("since_ns").otherwise(pl.lit(_ALWAYS, pl.Int64))
     )
 
 

@@ -116,7 +116,7 @@ def service_lives(processes: pl.DataFrame) -> pl.DataFrame:
         "since_ns",
         pl.Series("service", names, pl.String),
         pl.Series("place", places, pl.String),
-    ).cast(SERVICE_LIVES)  # type: ignore[arg-type]
+    ).cast(SERVICE_LIVES)
 
 
 def add_services(rows: pl.DataFrame, lives: pl.DataFrame, time: str) -> pl.DataFrame:

@@ -27,6 +27,7 @@ class TableSummary:
     lost: int
     bytes_on_disk: int
     bytes_per_row: float | None  # None: there are no rows
+    dropped: int  # rows that the quota removed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,12 @@ class Summary:
     payload_bytes: int  # of each head at most; 0: none was kept
     redacted: bool  # heads were masked before they were written
     recorder: dict[str, Any]
+    keep_bytes: int | None
+    keep_ns: int | None
+    dropped_rows: int
+    kept_since_ns: (
+        int | None
+    )  # nothing of what was before is left, from the recording's start; None: all is
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,6 +118,8 @@ def summarize(recording: Recording) -> Summary:
     - `syscalls`: per name, longest total time first; quantiles to 2.2 %
     - `offcpu`: per name of process, longest first
     - `services`: per service and where it runs, those with most calls first
+    - `keep_bytes`, `keep_ns`: the quota, if there is one; `dropped_rows`: what it removed, and
+      `kept_since_ns`: everything that was before, in nanoseconds since the start
     - `recorder`: what recording took: `cpu_percent` of one CPU, `peak_rss_bytes`
     - `notes`: sentences about what went wrong, first of all if it is not complete
 
@@ -151,6 +160,12 @@ def summarize(recording: Recording) -> Summary:
         services=_services(recording, lives),
         payload_bytes=meta.payload_bytes,
         redacted=meta.redacted,
+        keep_bytes=meta.keep_bytes,
+        keep_ns=meta.keep_ns,
+        dropped_rows=sum(table.dropped for table in tables.values()),
+        kept_since_ns=None
+        if meta.dropped_until_ns is None
+        else max(meta.dropped_until_ns - meta.started_ns, 0),
         recorder=asdict(meta.recorder),
         notes=[*_incomplete(recording), *meta.notes],
     )
@@ -174,6 +189,7 @@ def _table(recording: Recording, name: str, lost: int) -> TableSummary:
         lost=max(lost, _counted(recording, name)),
         bytes_on_disk=size,
         bytes_per_row=round(size / rows, 1) if rows else None,
+        dropped=count.dropped if (count := recording.meta.tables.get(name)) else 0,
     )
 
 

@@ -218,7 +218,7 @@ class Capture:
         """
         families = self.options.families
         chosen: tuple[str, ...] = LIFE_PROGRAMS
-        if self.options.cgroup is not None:
+        if self.options.cgroup is not None or self.options.everything:
             chosen += CGROUP_PROGRAMS
         if "offcpu" in families:
             chosen += ("on_sched_waking",)
@@ -297,6 +297,8 @@ class Capture:
         memory = self._object.map_memory(".bss", length, writable=True)
         offset, _ = variables["marks_wanted"]
         self._marks = np.frombuffer(memory, np.dtype("<u8"), 1, offset)
+        offset, _ = variables["tellings"]
+        self._tellings = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         offset, _ = variables["entries_seen"]
         self._entries_seen = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         offset, _ = variables["tls_wanted"]
@@ -448,6 +450,14 @@ class Capture:
             self._pythons.expect(set(marked["tgid"][marked["seen_before"] == 0].tolist()))
         self._meet_connections()
         return marked
+
+    def tell_again(self) -> None:
+        """Have connections, stacks and code objects told again at their next sight.
+
+        What is drained after the next drain() refers only to what is told from now on, but for calls that
+        end at this moment on another CPU: then what was told before is not needed to read what comes.
+        """
+        self._tellings[0] += 1
 
     def _meet_connections(self) -> None:
         """Fix where the bytes of open connections are counted from; their calls are seen already."""

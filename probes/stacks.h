@@ -332,14 +332,15 @@ static __always_inline int write_code(struct cpu_state *cpu, struct walk *walk, 
 __noinline int tell_code(struct cpu_state *cpu, struct walk *walk, struct interpreter *python, __u32 number)
 {
 	struct code_key key = {};
-	__u32 told = 1;
+	__u32 told = tellings, *before;
 
 	if (!cpu || !walk || !python || number >= STACK_FRAMES)
 		return false;
 	key.tgid = walk->tgid;
 	key.born = walk->born;
 	key.code = walk->frames[number].code;
-	if (bpf_map_lookup_elem(&codes_told, &key))
+	before = bpf_map_lookup_elem(&codes_told, &key);
+	if (before && *before == told)
 		return true;
 	if (!write_code(cpu, walk, python, key.code))
 		return false;
@@ -381,7 +382,7 @@ __noinline int write_part(struct cpu_state *cpu, struct walk *walk, __u32 number
 /* The record of a stack, with those of its code objects that were not told before. */
 __noinline int tell_stack(struct cpu_state *cpu, struct walk *walk, struct interpreter *python)
 {
-	__u32 number, told = 1;
+	__u32 number, told = tellings;
 
 	if (!cpu || !walk || !python)
 		return 0;
@@ -426,6 +427,7 @@ __noinline int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 in
 	struct task_struct *task = bpf_get_current_task_btf();
 	struct interpreter *python;
 	struct walk *walk;
+	__u32 *told;
 	__u64 state;
 	int count;
 
@@ -446,7 +448,8 @@ __noinline int take_stack(struct cpu_state *cpu, struct sample *sample, __u32 in
 	count = walk_frames(walk, python);
 	if (count <= 0)
 		return 0;
-	if (!bpf_map_lookup_elem(&stacks_told, &walk->hash)) {
+	told = bpf_map_lookup_elem(&stacks_told, &walk->hash);
+	if (!told || *told != tellings) {
 		/* not the time of the sample: that may be before its code objects were freed and made anew */
 		walk->time_ns = bpf_ktime_get_ns();
 		tell_stack(cpu, walk, python);

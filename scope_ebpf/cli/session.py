@@ -125,7 +125,16 @@ def record(
     if choices.unredacted and (options.payload_bytes or options.probes or options.calls):
         say(UNREDACTED)
     recorder = Recorder(
-        Plan(path, options, targets, tuple(sys.argv), choices.duration, choices.unredacted),
+        Plan(
+            path,
+            options,
+            targets,
+            tuple(sys.argv),
+            choices.duration,
+            choices.unredacted,
+            choices.keep,
+            choices.keep_for,
+        ),
         on_attached=attached,
     )
     line = StatusLine()

@@ -88,6 +88,10 @@ def _print_head(found: Summary, console: Console) -> None:
         lines.append(("target", units.printable(f"{target['tgid']} {command}")))
     if len(found.targets) > MOST_TARGETS:
         lines.append(("", f"and {len(found.targets) - MOST_TARGETS} more"))
+    quota = [units.size(found.keep_bytes)] if found.keep_bytes is not None else []
+    quota += [units.duration(found.keep_ns)] if found.keep_ns is not None else []
+    if quota:
+        lines.append(("kept", f"at most {' and '.join(quota)}; {_dropped(found)}"))
     recorder = found.recorder
     if found.payload_bytes:
         kept = "redacted" if found.redacted else "as they were sent (--unredacted)"
@@ -188,6 +192,15 @@ def _print_offcpu(found: Summary, console: Console) -> None:
     console.print(grid)
     if len(found.offcpu) > MOST_NAMES:
         console.print(f"and {len(found.offcpu) - MOST_NAMES} others: --json shows all")
+
+
+def _dropped(found: Summary) -> str:
+    if found.kept_since_ns is None:
+        return "nothing was dropped"
+    return (
+        f"the first {units.duration(found.kept_since_ns)} were dropped,"
+        f" {_count(found.dropped_rows, 'row', 'rows')}"
+    )
 
 
 def _moment(found: Summary) -> str:
