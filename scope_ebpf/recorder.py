@@ -55,6 +55,7 @@ class Plan:
         duration: seconds to record; None for no limit.
         unredacted: store the heads of messages as they are.
         keep_bytes, keep_seconds: the quota: what is older than that goes; None: everything stays.
+        shares_quota: recordings of earlier runs in the same folder count, and go first.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Plan:
     unredacted: bool = False
     keep_bytes: int | None = None
     keep_seconds: float | None = None
+    shares_quota: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Drained:
     wide: list[tuple[int, int, Records]] = field(default_factory=list)
     marked: list[Marked] = field(default_factory=list)
     interpreters: list[dict[str, Any]] = field(default_factory=list)  # rows of that table
+    notes: list[str] = field(default_factory=list)  # sentences about what is not recorded
     # lost events by CPU and loss kind, since the batch before; and when that was
     lost: NDArray[np.uint64] | None = None
     since_ns: int = 0
@@ -282,6 +285,7 @@ class Recorder:
             batch = capture.drain()
             pending.add(batch)
             pending.interpreters += capture.watch_pythons(batch)
+            pending.notes += capture.watch_files(batch)
             interval = min(
                 max(interval * FILL_GOAL / max(fill, 1e-6), POLL_SECONDS[0]), POLL_SECONDS[1]
             )

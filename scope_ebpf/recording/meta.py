@@ -114,6 +114,8 @@ class Meta:
     keep_ns: Count | None = None  # or when they are as old; None: no quota
     dropped_until_ns: Count | None = None  # of what was before this, nothing is left; None: all is
 
+    shares_quota: bool = False  # the quota is for all recordings of its folder that say so
+
     @property
     def has_quota(self) -> bool:
         """Whether old segments may have been removed."""

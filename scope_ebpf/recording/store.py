@@ -19,6 +19,7 @@ from scope_ebpf.recorder import Drained, Marked, Plan, Use
 from scope_ebpf.recording.meta import Clock, Host, Meta, RecorderUse, Target
 from scope_ebpf.recording.python_tables import Descriptions
 from scope_ebpf.recording.redaction import Redactor
+from scope_ebpf.recording.rotation import earlier_recordings, remove
 from scope_ebpf.recording.state import Connections, States
 from scope_ebpf.recording.tables import (
     Payloads,
@@ -89,6 +90,7 @@ class Store:
         self._connections = Connections()
         self._states = States()
         self._keep = (plan.keep_bytes, plan.keep_seconds)
+        self._earlier = earlier_recordings(plan.path.parent, plan.path) if plan.shares_quota else []
         self._newest_bytes = 0
         self._failed: RecordingError | None = None
         self._writer = RecordingWriter(plan.path, first_meta(plan, started_ns, notes, places))
@@ -118,6 +120,8 @@ class Store:
         """
         failed_before = self._failed is not None
         before = self._writer.disk_bytes
+        for note in batch.notes:
+            self._writer.note(note)
         if batch.told_again:
             self._writer.begin_chunk(batch.since_ns)
         for identity, path in new_cgroups(batch.wide):
@@ -191,20 +195,28 @@ class Store:
         """Drop the oldest chunks that the quota has no room for, with room for another batch."""
         most_bytes, most_seconds = self._keep
         chunks = self._writer.chunks
-        while self._failed is None and len(chunks) > 1:
+        while self._failed is None and (len(chunks) > 1 or self._earlier):
             used = self._writer.disk_bytes + self._newest_bytes + OTHER_BYTES
+            used += sum(earlier.disk_bytes for earlier in self._earlier)
             too_much = most_bytes is not None and used > most_bytes
-            too_old = (
-                most_seconds is not None and time.monotonic() - chunks[1].began_at > most_seconds
-            )
+            if self._earlier:
+                age = (time.time_ns() - self._earlier[0].ended_realtime_ns) / 1e9
+            else:
+                age = time.monotonic() - chunks[1].began_at
+            too_old = most_seconds is not None and age > most_seconds
             if not (too_much or too_old) or not self._drop_oldest():
                 break
 
     def _drop_oldest(self) -> bool:
-        """Drop a chunk, if there is a quota and it is not the newest one."""
-        if self._keep == (None, None) or len(self._writer.chunks) < 2:
+        """Drop an earlier recording, or a chunk if there is a quota and it is not the newest one."""
+        if not self._earlier and (self._keep == (None, None) or len(self._writer.chunks) < 2):
             return False
         try:
+            if self._earlier:
+                remove(self._earlier[0])
+                gone = self._earlier.pop(0)
+                self._writer.note(f"{gone.path.name} was removed, as the quota has it")
+                return True
             self._writer.drop_chunk(self._lost_now(), self._recorder_use())
         except RecordingError as error:
             self._failed = error
@@ -300,6 +312,7 @@ def first_meta(
         ],
         tables={},
         keep_bytes=plan.keep_bytes,
+        shares_quota=plan.shares_quota,
         keep_ns=None if plan.keep_seconds is None else round(plan.keep_seconds * 1e9),
         lost_tasks=0,
         recorder=RecorderUse(tgid=os.getpid(), cpu_seconds=0.0, cpu_percent=0.0, peak_rss_bytes=0),

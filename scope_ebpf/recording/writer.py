@@ -125,6 +125,10 @@ class RecordingWriter:
         """From here on, nothing refers to what was written before."""
         self.chunks.append(Chunk(began_ns, time.monotonic()))
 
+    def note(self, sentence: str) -> None:
+        """Add a sentence to meta.json when it is written next."""
+        self.meta = replace(self.meta, notes=[*self.meta.notes, sentence])
+
     def drop_chunk(self, lost: dict[str, int], use: RecorderUse) -> None:
         """Remove the oldest chunk, of two or more.
 
