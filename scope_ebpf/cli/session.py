@@ -127,6 +127,11 @@ def record(
     # of a cgroup or the host, programs with libraries of their own may come at any time
     attaches_later = options.everything or options.cgroup is not None
     keep = privileges.NEEDED if attaches_later else privileges.NEEDED_TO_LOOK
+    if attaches_later:
+        what = (
+            "record the host" if options.everything else f"record the cgroup {printable(subject)}"
+        )
+        privileges.require(privileges.current().effective, what)
 
     def attached() -> None:
         on_attached()
