@@ -53,9 +53,9 @@ class Newcomers:
         """One that has to be looked at now, if there is one."""
         now = time.monotonic()
         for (tgid, settled), at in list(self._due.items()):
-            if at > now:
+            # what follows may have taken it out
+            if at > now or self._due.pop((tgid, settled), None) is None:
                 continue
-            del self._due[tgid, settled]
             kind = kind_of(tgid)
             if kind is None:
                 self._due.pop((tgid, True), None)
