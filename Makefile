@@ -71,6 +71,14 @@ install: ## put scope-ebpf where sudo finds it (as root; PREFIX, DESTDIR)
 uninstall: ## remove what install put there (as root; PREFIX, DESTDIR)
 	@scripts/install.sh uninstall '$(DESTDIR)$(PREFIX)/bin/scope-ebpf'
 
+.PHONY: install-service
+install-service: install ## also put scope-ebpf.service there, which records the host always, within a quota
+	@scripts/install_service.sh install '$(PREFIX)/bin/scope-ebpf' '$(DESTDIR)/etc/systemd/system'
+
+.PHONY: uninstall-service
+uninstall-service: ## remove scope-ebpf.service; its recordings stay
+	@scripts/install_service.sh uninstall '$(PREFIX)/bin/scope-ebpf' '$(DESTDIR)/etc/systemd/system'
+
 ##@ Build
 
 .PHONY: build

@@ -13,15 +13,17 @@ from scope_ebpf import records
 from scope_ebpf.errors import LoadError
 from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders import hits, tls
-from scope_ebpf.loaders.cgroups import descendants
+from scope_ebpf.loaders.cgroups import descendants, mount_point
 from scope_ebpf.loaders.hit_families import HIT_FAMILIES, add_family
 from scope_ebpf.loaders.libbpf import (
     BpfObject,
+    PerfEventsRefusedError,
     Uprobe,
     has_cookies,
     possible_cpus,
     tracepoint_arguments,
 )
+from scope_ebpf.loaders.newcomers import Newcomers
 from scope_ebpf.loaders.python import calls, watch
 from scope_ebpf.loaders.python.functions import Spec
 from scope_ebpf.loaders.python.watch import PythonWatch
@@ -189,6 +191,9 @@ class Capture:
         )
         # what of the chosen families is missing, and why
         self.notes: list[str] = []
+        # device and inode of those that were met
+        self._libraries: set[tuple[int, int]] = set()
+        self._newcomers: Newcomers | None = None
         self.places = hits.Places()
         for probe in options.probes:
             self.places.add_spec(probe)
@@ -254,7 +259,7 @@ class Capture:
         """
         families = self.options.families
         chosen: tuple[str, ...] = (*self._transport.programs, *LIFE_PROGRAMS)
-        if self.options.cgroup is not None:
+        if self.options.cgroup is not None or self.options.everything:
             chosen += CGROUP_PROGRAMS
         if "offcpu" in families:
             chosen += ("on_sched_waking",)
@@ -333,6 +338,8 @@ class Capture:
         memory = self._object.map_memory(".bss", length, writable=True)
         offset, _ = variables["marks_wanted"]
         self._marks = np.frombuffer(memory, np.dtype("<u8"), 1, offset)
+        offset, _ = variables["tellings"]
+        self._tellings = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         offset, _ = variables["entries_seen"]
         self._entries_seen = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         offset, _ = variables["tls_wanted"]
@@ -373,8 +380,20 @@ class Capture:
             self._attach_tls(tgids)
         if self._pythons is not None:
             self.notes += self._pythons.attach(tgids, self.options.commands)
+        if self.options.everything or self.options.cgroup is not None:
+            self._newcomers = Newcomers()
+            self._newcomers.know(tgids)
+            if mount_point() is None:
+                self.notes.append(
+                    "cgroups have no paths: no unified hierarchy (cgroup v2) is mounted; services are"
+                    " named by their commands only"
+                )
         if "samples" in self.options.families:
-            self._object.attach_clock("on_tick", self.options.sample_hz)
+            try:
+                self._object.attach_clock("on_tick", self.options.sample_hz)
+            except PerfEventsRefusedError as error:
+                # stacks of waits and messages need no clock
+                self.notes.append(f"what runs on a CPU is not sampled: {error}")
         if self._records_hits():
             self._attach_hits(tgids)
         if self.options.calls:
@@ -395,6 +414,8 @@ class Capture:
         One that cannot be probed does not end the recording of all the rest: it is noted.
         """
         for path in tls.find_libraries(tgids, self.options.commands):
+            if not self._is_new(path):
+                continue
             try:
                 for site in tls.library_sites(path):
                     self._object.attach_uprobe(
@@ -403,6 +424,36 @@ class Capture:
             except LoadError as error:
                 self.notes.append(f"TLS through {path} is not recorded: {error}")
         self._tls_wanted[0] = 1
+
+    def _is_new(self, path: Path) -> bool:
+        """Whether a library was not met before; from now on it was."""
+        try:
+            status = path.stat()
+        except OSError:
+            return False
+        identity = (status.st_dev, status.st_ino)
+        known = identity in self._libraries
+        self._libraries.add(identity)
+        return not known
+
+    def watch_files(self, batch: Batch) -> list[str]:
+        """Put probes into files of programs that began in this batch; returns sentences about failures.
+
+        For a cgroup and for the host; it needs the capabilities to attach.
+        """
+        if self._newcomers is None:
+            return []
+        for _, _, slots in batch.wide:
+            self._newcomers.expect(watch.executed(slots))
+        tgid = self._newcomers.due()
+        if tgid is None:
+            return []
+        before = len(self.notes)
+        if "tls" in self.options.families:
+            self._attach_tls({tgid})
+        if self._pythons is not None:
+            self.notes += self._pythons.attach({tgid}, ())
+        return self.notes[before:]
 
     def find_pythons(self, tasks: Records) -> list[dict[str, Any]]:
         """Look for interpreters among processes that were marked; returns rows of `interpreters`.
@@ -470,6 +521,14 @@ class Capture:
             self._pythons.expect(set(marked["tgid"][marked["seen_before"] == 0].tolist()))
         self._meet_connections()
         return marked
+
+    def tell_again(self) -> None:
+        """Have connections, stacks and code objects told again at their next sight.
+
+        What is drained after the next drain() refers only to what is told from now on, but for calls that
+        end at this moment on another CPU: then what was told before is not needed to read what comes.
+        """
+        self._tellings[0] += 1
 
     def _meet_connections(self) -> None:
         """Fix where the bytes of open connections are counted from; their calls are seen already."""

@@ -53,13 +53,16 @@ struct endpoint {
 	__u32 ports;
 	__u8 kind;
 	__u8 received_last;
-	__u8 announced;
+	__u8 announced; /* in which telling */
 	__u8 inexact;
 	__u8 met_idle; /* measured while no call moved its bytes, as far as one can tell */
 	__u8 sent_prefix; /* the last send was short, as a length that announces what follows is */
 	__u8 received_prefix;
 	__u8 reserved[5];
 };
+
+/* In `announced`; 0 is none. */
+#define THIS_TELLING ((__u8)((tellings & 127) + 1))
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -407,7 +410,7 @@ GLOBAL int announce(struct cpu_state *cpu, struct target_end *end, struct endpoi
 		}
 	}
 	commit(&connection->sequence, index);
-	known->announced = 1;
+	known->announced = THIS_TELLING;
 	return 0;
 }
 

@@ -176,9 +176,14 @@ struct cgroup_subsys_state {
 	struct cgroup_subsys_state *parent;
 } KERNEL_TYPE;
 
+struct cgroup_root {
+	int hierarchy_id; /* 0: the unified hierarchy */
+} KERNEL_TYPE;
+
 struct cgroup {
 	struct cgroup_subsys_state self;
 	struct kernfs_node *kn;
+	struct cgroup_root *root;
 } KERNEL_TYPE;
 
 struct css_set {

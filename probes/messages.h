@@ -126,7 +126,7 @@ __noinline int write_end(OF_CPU __u32 fd, __u32 length, __u64 duration_ns,
 	}
 	start_ns = cpu->flight.start_ns;
 	stream_end = advance(&end, known, fresh, receive, flags & FLAG_PEEK, length, start_ns);
-	if (!known->announced)
+	if (known->announced != THIS_TELLING)
 		announce(cpu, &end, known);
 	if (known->inexact)
 		flags |= FLAG_INEXACT;

@@ -72,7 +72,7 @@ int WRITES(on_fork, struct task_struct *parent, struct task_struct *child)
 	forget_before(child);
 	record = record_of(parent);
 	if (record ? record->phase == PHASE_DORMANT || (!thread && !follow_children)
-		   : !record_everything || parent->tgid == recorder_tgid)
+		   : !record_everything || parent->tgid == recorder_tgid || child->flags & PF_KTHREAD)
 		return 0;
 	fresh.phase = PHASE_NEWBORN;
 	fresh.left_ns = bpf_ktime_get_ns();
@@ -102,10 +102,13 @@ SEC("tp_btf/sched_process_exec")
 int WRITES(on_exec, struct task_struct *task, int old_tid, struct linux_binprm *bprm)
 {
 	struct cpu_state *cpu = this_cpu();
-	struct task_record *record = record_of(task);
+	struct task_record *record = record_of(task), fresh = {.phase = PHASE_NEWBORN};
 	struct process *process;
 	__u64 index, start, length;
 
+	/* a helper of the kernel: up to 5.18 it is one of its threads until now */
+	if (!record && record_everything && task->tgid != recorder_tgid)
+		record = new_record_of(task, &fresh);
 	if (!cpu || !record)
 		return 0;
 	if (record->phase == PHASE_DORMANT) {
@@ -181,15 +184,47 @@ int WRITES(on_exit, struct task_struct *task)
 	return 0;
 }
 
+/* It may be gone before user space can look for it: what a container runs may take a moment only. */
+static __always_inline void write_cgroup(struct cgroup *cgroup, const char *path)
+{
+	struct cpu_state *cpu = this_cpu();
+	struct process *process;
+	__u64 index;
+	long length;
+
+	if (!cpu)
+		return;
+	process = process_reserve(cpu, bpf_get_current_task_btf(), PROCESS_ALIVE, &index);
+	if (!process)
+		return;
+	process->kind = RECORD_CGROUP;
+	process->cgroup = cgroup->kn->id;
+	length = bpf_probe_read_kernel_str(process->command_line, COMMAND_LINE_BYTES, path);
+	/* with the zero at its end; one that does not fit is looked for */
+	if (length > 1 && length < COMMAND_LINE_BYTES)
+		process->command_line_bytes = length - 1;
+	commit(&process->sequence, index);
+}
+
 /* A cgroup below a recorded one belongs to it. */
 SEC("tp_btf/cgroup_mkdir")
 int BPF_PROG(on_cgroup_mkdir, struct cgroup *cgroup, const char *path)
 {
-	__u64 parent = cgroup->self.parent->cgroup->kn->id, id = cgroup->kn->id;
-	__u32 *kind = bpf_map_lookup_elem(&cgroups, &parent);
+	__u64 parent, id = cgroup->kn->id;
+	__u32 *kind;
 
-	if (kind)
+	if (cgroup->root->hierarchy_id)
+		return 0;
+	if (record_everything) {
+		write_cgroup(cgroup, path);
+		return 0;
+	}
+	parent = cgroup->self.parent->cgroup->kn->id;
+	kind = bpf_map_lookup_elem(&cgroups, &parent);
+	if (kind) {
 		bpf_map_update_elem(&cgroups, &id, kind, BPF_ANY);
+		write_cgroup(cgroup, path);
+	}
 	return 0;
 }
 
@@ -201,10 +236,26 @@ SEC("tp_btf/cgroup_attach_task")
 int BPF_PROG(on_cgroup_attach, struct cgroup *cgroup, const char *path, struct task_struct *task,
 	     bool threadgroup)
 {
-	__u64 id = cgroup->kn->id;
+	__u64 id = cgroup->kn->id, index;
+	struct cpu_state *cpu = this_cpu();
+	struct task_record *record;
+	struct process *process;
 
-	if (bpf_map_lookup_elem(&cgroups, &id) && !record_of(task))
-		__sync_fetch_and_add(&marks_wanted, 1);
+	if (!cpu || cgroup->root->hierarchy_id)
+		return 0;
+	record = record_of(task);
+	if (!record) {
+		if (bpf_map_lookup_elem(&cgroups, &id))
+			__sync_fetch_and_add(&marks_wanted, 1);
+		return 0;
+	}
+	if (record->phase == PHASE_DORMANT)
+		return 0;
+	process = process_reserve(cpu, task, PROCESS_MOVED, &index);
+	if (!process)
+		return 0;
+	process->cgroup = id;
+	commit(&process->sequence, index);
 	return 0;
 }
 
@@ -282,7 +333,8 @@ int on_mark_tasks(struct bpf_iter__task *ctx)
 	struct task_record fresh = {};
 	__u32 kind;
 
-	if (!task)
+	/* of a process that ended, what is left waits for its parent */
+	if (!task || !task->signal->live.counter)
 		return 0;
 	kind = wanted(task);
 	if (!kind)

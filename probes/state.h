@@ -132,6 +132,9 @@ __u32 interpreter_changes = 0;
 /* How often the kernel found something that on_mark_tasks has to take up. */
 __u64 marks_wanted = 0;
 
+/* How often user space asked for what is told once to be told again: connections, stacks, code objects. */
+__u32 tellings = 0;
+
 /* Element counts of the arrays are set by user space to fit the host. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

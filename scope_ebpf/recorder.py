@@ -25,6 +25,7 @@ from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions
 from scope_ebpf.loaders.hits import Places
 from scope_ebpf.loaders.ring import Records
 from scope_ebpf.loaders.targets import LiveProcesses, Target, check_same, command_line
+from scope_ebpf.records import ProcessEvent
 
 if TYPE_CHECKING:  # it imports polars, which takes 0.15 s: that is done while events already arrive
     from scope_ebpf.recording.store import Store
@@ -53,6 +54,8 @@ class Plan:
         command: how the recorder was called.
         duration: seconds to record; None for no limit.
         unredacted: store the heads of messages as they are.
+        keep_bytes, keep_seconds: the quota: what is older than that goes; None: everything stays.
+        shares_quota: recordings of earlier runs in the same folder count, and go first.
     """
 
     path: Path
@@ -61,6 +64,9 @@ class Plan:
     command: tuple[str, ...]
     duration: float | None = None
     unredacted: bool = False
+    keep_bytes: int | None = None
+    keep_seconds: float | None = None
+    shares_quota: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,11 +85,13 @@ class Marked:
     """Threads that were taken up while they ran, and the command lines of those that begin a process.
 
     The command lines are read at once: some of the processes are gone when the writer comes to them.
+    `event`: whether they are new to the recording, or told again.
     """
 
     time_ns: int
     tasks: Records
     command_lines: dict[int, bytes]
+    event: int = ProcessEvent.PROCESS_ALIVE
 
 
 @dataclass
@@ -94,22 +102,31 @@ class Drained:
     wide: list[tuple[int, int, Records]] = field(default_factory=list)
     marked: list[Marked] = field(default_factory=list)
     interpreters: list[dict[str, Any]] = field(default_factory=list)  # rows of that table
+    notes: list[str] = field(default_factory=list)  # sentences about what is not recorded
     # lost events by CPU and loss kind, since the batch before; and when that was
     lost: NDArray[np.uint64] | None = None
     since_ns: int = 0
     slots: int = 0
     last: bool = False  # nothing comes after it
+    told_again: bool = False  # from it on, nothing refers to what was told before
 
     def mark(self, tasks: Records, time_ns: int) -> None:
         """Take records of threads that were marked at that time, without those marked before."""
-        fresh = tasks[tasks["seen_before"] == 0]
-        if len(fresh):
-            leaders = fresh["tgid"][fresh["tgid"] == fresh["tid"]].tolist()
+        self._mark(tasks[tasks["seen_before"] == 0], time_ns, ProcessEvent.PROCESS_ALIVE)
+
+    def tell_again(self, tasks: Records, time_ns: int) -> None:
+        """Take records of all threads that are recorded; nothing refers to earlier batches from now on."""
+        self.told_again = True
+        self.mark(tasks, time_ns)
+        self._mark(tasks[tasks["seen_before"] != 0], time_ns, ProcessEvent.PROCESS_STILL)
+
+    def _mark(self, tasks: Records, time_ns: int, event: ProcessEvent) -> None:
+        if len(tasks):
+            leaders = tasks["tgid"][tasks["tgid"] == tasks["tid"]].tolist()
             # a process that rewrote its title leaves zeros behind it
             lines = {tgid: command_line(tgid).rstrip(b"\0") for tgid in leaders}
-            self.marked.append(
-                Marked(time_ns, fresh, {tgid: line + b"\0" for tgid, line in lines.items() if line})
-            )
+            lines = {tgid: line + b"\0" for tgid, line in lines.items() if line}
+            self.marked.append(Marked(time_ns, tasks, lines, event))
 
     def add(self, batch: Batch) -> None:
         """Take one round of draining."""
@@ -270,6 +287,7 @@ class Recorder:
             batch = capture.drain()
             pending.add(batch)
             pending.interpreters += capture.watch_pythons(batch)
+            pending.notes += capture.watch_files(batch)
             interval = min(
                 max(interval * FILL_GOAL / max(fill, 1e-6), POLL_SECONDS[0]), POLL_SECONDS[1]
             )
@@ -278,7 +296,14 @@ class Recorder:
                 marks = capture.marks_wanted()
                 pending.mark(capture.mark_tasks(), time.monotonic_ns())
             if now >= next_segment or pending.slots >= SEGMENT_SLOTS:
+                again = self._store is not None and self._store.wants_telling()
+                if again:
+                    capture.tell_again()
+                    # what refers to what was told before that
+                    pending.add(capture.drain())
                 pending, lost = self._hand_over(capture, pending, lost)
+                if again:
+                    pending.tell_again(capture.mark_tasks(), time.monotonic_ns())
                 next_segment = now + SEGMENT_SECONDS
             if on_status is not None and now >= next_status:
                 on_status(self._status(now - began, use))

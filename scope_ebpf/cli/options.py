@@ -18,6 +18,11 @@ MAX_SAMPLE_HZ = 4999
 # of loaders.transport, which takes longer to import than --help should
 TRANSPORTS = ("auto", "rings", "perf")
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(?:i?[bB])?")
+# With less, what is needed to read the rest would be most of it.
+LEAST_KEPT = 8 << 20
+LEAST_KEPT_SECONDS = 5.0
 PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 
 
@@ -25,6 +30,10 @@ class Duration(click.ParamType[float]):
     """A time such as 500ms, 30s, 5m, 1h30m; a bare number means seconds."""
 
     name = "duration"
+
+    def __init__(self, least: float = 0.0) -> None:
+        """Any time longer than nothing, and as long as `least` seconds."""
+        self.least = least
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -40,7 +49,29 @@ class Duration(click.ParamType[float]):
             self.fail(f"{value!r} is no time; write it like 30s, 5m or 1h30m", param, ctx)
         if not 0 < seconds < 1e9:
             self.fail(f"{value!r} is no time to record for", param, ctx)
+        if seconds < self.least:
+            self.fail(f"{value!r} is too short; give {self.least:g}s or more", param, ctx)
         return seconds
+
+
+class Size(click.ParamType[int]):
+    """A size such as 500M or 2G; powers of 1024."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes."""
+        match = SIZE.fullmatch(str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is no size; write it like 500M or 2G", param, ctx)
+        size = round(float(match[1]) * SIZE_UNITS[match[2].upper()])
+        if not LEAST_KEPT <= size < 1 << 60:
+            self.fail(
+                f"{value!r} is no room for a recording; give {LEAST_KEPT >> 20}M or more",
+                param,
+                ctx,
+            )
+        return size
 
 
 class Families(click.ParamType[tuple[str, ...]]):
@@ -102,6 +133,8 @@ class Choices:
     sample_hz: int
     stacks_over: float
     transport: str
+    keep: int | None
+    keep_for: float | None
 
     def capture(self) -> dict[str, Any]:
         """The same as arguments of loaders.capture.CaptureOptions."""
@@ -183,6 +216,19 @@ def recording_options(function: Function) -> Function:
         ),
         click.option(
             "--duration", type=Duration(), metavar="TIME", help="Stop after 30s, 5m, 1h30m, …"
+        ),
+        click.option(
+            "--keep",
+            type=Size(),
+            metavar="SIZE",
+            help="Keep so much at most, such as 2G: the oldest rows of all tables are dropped, and the"
+            " summary says so.",
+        ),
+        click.option(
+            "--keep-for",
+            type=Duration(LEAST_KEPT_SECONDS),
+            metavar="TIME",
+            help="Likewise what is older than 10m, 24h, 7d, …",
         ),
         click.option(
             "-o",

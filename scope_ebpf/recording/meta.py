@@ -63,10 +63,16 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class TableCount:
-    """Events of one table: emitted by the kernel = rows + lost."""
+    """Events of one table: emitted by the kernel = rows + dropped + lost.
+
+    Of `processes`, `interpreters`, `flows`, `connections`, `stacks` and `codes`, what still counts is
+    written again before older rows are dropped.
+    """
 
     rows: Count  # in segments that have their final name
     lost: Count
+    dropped: Count = 0  # rows of older segments, which the quota removed
+    first_segment: Count = 1  # the number of the oldest one that was not removed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +111,16 @@ class Meta:
     lost_tasks: Count  # threads that could not be taken up: nothing of them is recorded
     recorder: RecorderUse
     notes: list[str]  # plain sentences about what went wrong or was left out
+    keep_bytes: Count | None = None  # the quota: older segments are removed when there is more,
+    keep_ns: Count | None = None  # or when they are as old; None: no quota
+    dropped_until_ns: Count | None = None  # of what was before this, nothing is left; None: all is
+
+    shares_quota: bool = False  # the quota is for all recordings of its folder that say so
+
+    @property
+    def has_quota(self) -> bool:
+        """Whether old segments may have been removed."""
+        return self.keep_bytes is not None or self.keep_ns is not None
 
 
 def read_meta(path: Path) -> Meta:

@@ -26,6 +26,7 @@ from scope_ebpf.recording.segments import (
     scan,
     verify_bytes,
 )
+from scope_ebpf.records import ProcessEvent
 
 if TYPE_CHECKING:
     from scope_ebpf.analysis.chains import Chains
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 # What a message takes over from its connection. connections has no other row with this id.
 _ENDPOINTS = ["kind", "local_address", "local_port", "local_path"]
 _ENDPOINTS += ["remote_address", "remote_port", "remote_path"]
+# How often a recording that drops its oldest segments meanwhile is opened.
+_ATTEMPTS = 5
 
 
 def open_recording(path: str | os.PathLike[str], *, verify: bool = True) -> Recording:
@@ -60,8 +63,21 @@ def open_recording(path: str | os.PathLike[str], *, verify: bool = True) -> Reco
         raise RecordingError(
             f"the path {str(absolute)!r} is not UTF-8, and polars reads no other; rename it"
         ) from None
-    meta = read_meta(absolute)  # before the segments, so that they are at least what it counts
-    segments = {table: list_segments(absolute / table) for table in SCHEMAS}
+    for attempt in range(_ATTEMPTS):
+        meta = read_meta(absolute)  # before the segments, so that they are at least what it counts
+        try:
+            segments = {
+                table: list_segments(
+                    absolute / table,
+                    meta.tables[table].first_segment if table in meta.tables else 1,
+                )
+                for table in SCHEMAS
+            }
+            break
+        except RecordingError:
+            # its recorder may be removing old segments at this moment
+            if attempt == _ATTEMPTS - 1 or meta.complete or not meta.has_quota:
+                raise
     return Recording(absolute, meta, segments, verify=verify)
 
 
@@ -121,8 +137,9 @@ class Recording:
     def processes(self) -> pl.LazyFrame:
         """One row per event in a process's or thread's life.
 
-        - `time_ns`; `event`: `alive` (it ran when the recording began), `fork`, `thread`, `exec`,
-          `exit` (of the whole process) or `thread_exit`
+        - `time_ns`; `event`: `alive` (it ran when the recording, or what is left of it, began),
+          `fork`, `thread`, `exec`, `moved` (to another cgroup), `exit` (of the whole process) or
+          `thread_exit`
         - `tgid`, `tid`, `parent_tgid`; `parent_tid`: for fork and thread the thread that made it,
           for exec the tid before
         - `comm`; `command_line`: shell-quoted, null if not known; `command_line_bytes`: of the
@@ -132,6 +149,15 @@ class Recording:
         - `start_boottime_ns`: CLOCK_BOOTTIME when it was made; with `tgid` it names it for good
         """
         stored = self._stored("processes")
+        if self.meta.has_quota:
+            # what was told again counts where what was told first was dropped
+            life = ("tgid", "tid", "start_boottime_ns")
+            again = pl.col("event") == int(ProcessEvent.PROCESS_STILL)
+            first = pl.col("time_ns") == pl.col("time_ns").min().over(life)
+            alive = pl.lit(int(ProcessEvent.PROCESS_ALIVE), pl.UInt8)
+            stored = stored.filter(~again | first).with_columns(
+                event=pl.when(again).then(alive).otherwise("event")
+            )
         frame = stored.with_columns(readable.event(), readable.signal())
         return frame.select(_with_after(stored, {"signal": ["signal_name"]}))
 
@@ -218,7 +244,11 @@ class Recording:
         - `netns`: inode of the network namespace
         - `send_stream`, `receive_stream`: name the bytes of one direction, the same at both ends
         """
-        return self._stored("connections")
+        stored = self._stored("connections")
+        if self.meta.has_quota:
+            # they are told again, too
+            return stored.unique("connection", keep="first", maintain_order=True)
+        return stored
 
     @property
     def connects(self) -> pl.LazyFrame:
@@ -306,7 +336,11 @@ class Recording:
           contexts and its greenlets are told apart, and waits for its GIL are seen
         - `reason`: why something of that is missing; null: nothing is
         """
-        return self._stored("interpreters")
+        stored = self._stored("interpreters")
+        if self.meta.has_quota:
+            told = [name for name in SCHEMAS["interpreters"] if name != "time_ns"]
+            return stored.unique(told, keep="first", maintain_order=True)
+        return stored
 
     @property
     def samples(self) -> pl.LazyFrame:
@@ -487,6 +521,11 @@ class Recording:
             return boot_id == self.meta.host.boot_id and recorder.create_time() < started + 1
         except (OSError, ValueError, OverflowError, psutil.Error):
             return False
+
+    @property
+    def since_ns(self) -> int:
+        """Since when it tells everything: from its start, or from where its quota has left it."""
+        return self.meta.dropped_until_ns or self.meta.started_ns
 
     def rows(self, name: str) -> int:
         """How many rows a table has on disk; only Parquet footers are read."""

@@ -1,5 +1,6 @@
 """Where the recorder's batches go: turned into tables, counted, and written as segments."""
 
+import errno
 import os
 import time
 from collections import Counter
@@ -18,9 +19,12 @@ from scope_ebpf.recorder import Drained, Marked, Plan, Use
 from scope_ebpf.recording.meta import Clock, Host, Meta, RecorderUse, Target
 from scope_ebpf.recording.python_tables import Descriptions
 from scope_ebpf.recording.redaction import Redactor
+from scope_ebpf.recording.rotation import earlier_recordings, remove
+from scope_ebpf.recording.state import Connections, States
 from scope_ebpf.recording.tables import (
     Payloads,
     hot_frames,
+    new_cgroups,
     process_row,
     rows_frame,
     wide_frames,
@@ -29,6 +33,13 @@ from scope_ebpf.recording.writer import RecordingWriter
 from scope_ebpf.version import __version__
 
 META_SECONDS = 5.0
+# A quota is kept by dropping so much of it at once.
+CHUNKS = 16
+# Of the quota, for meta.json and the room that is kept for it.
+OTHER_BYTES = 1 << 18
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+PROCESS_EXIT = int(records.ProcessEvent.PROCESS_EXIT)
+BEGINNINGS = (int(records.ProcessEvent.PROCESS_FORK), int(records.ProcessEvent.PROCESS_EXEC))
 LOSS_TABLES = {
     records.LossKind.LOSS_SYSCALLS: "syscalls",
     records.LossKind.LOSS_MESSAGES: "messages",
@@ -76,8 +87,11 @@ class Store:
         self._calls = tuple(map(str, plan.options.calls))
         self._cgroups = CgroupPaths()
         self._lost: Counter[str] = Counter()
-        self._announced: set[int] = set()
-        self._used: set[int] = set()
+        self._connections = Connections()
+        self._states = States()
+        self._keep = (plan.keep_bytes, plan.keep_seconds)
+        self._earlier = earlier_recordings(plan.path.parent, plan.path) if plan.shares_quota else []
+        self._newest_bytes = 0
         self._failed: RecordingError | None = None
         self._writer = RecordingWriter(plan.path, first_meta(plan, started_ns, notes, places))
         self._next_meta = time.monotonic() + META_SECONDS
@@ -90,6 +104,14 @@ class Store:
         """Bytes of segments written so far."""
         return self._writer.bytes_on_disk
 
+    def wants_telling(self) -> bool:
+        """Whether the next batch should tell again what is needed to read it; any thread may ask."""
+        chunk = self._writer.chunks[-1]
+        most_bytes, most_seconds = self._keep
+        full = most_bytes is not None and chunk.disk_bytes * CHUNKS >= most_bytes
+        age = (time.monotonic() - chunk.began_at) * CHUNKS
+        return full or (most_seconds is not None and age >= most_seconds)
+
     def save(self, batch: Drained) -> None:
         """Write a batch's rows; after a failure they are only counted, as lost.
 
@@ -97,6 +119,13 @@ class Store:
             RecordingError: writing failed, now for the first time.
         """
         failed_before = self._failed is not None
+        before = self._writer.disk_bytes
+        for note in batch.notes:
+            self._writer.note(note)
+        if batch.told_again:
+            self._writer.begin_chunk(batch.since_ns)
+        for identity, path in new_cgroups(batch.wide):
+            self._cgroups.learn(identity, path)
         frames = wide_frames(
             batch.wide,
             self._payloads,
@@ -109,19 +138,23 @@ class Store:
         if alive := self._alive_rows(batch.marked):
             rows = rows_frame("processes", alive)
             frames["processes"] = pl.concat([rows, frames.get("processes", rows.clear())])
+        ended = self._forget_programs(frames.get("processes"))
         if batch.hot:
             frames |= hot_frames(batch.hot, self._payloads, self._symbols.name)
+        for tgid in ended:
+            self._symbols.forget(tgid)
         if batch.interpreters:
             frames["interpreters"] = rows_frame("interpreters", batch.interpreters)
+        if self._keep != (None, None):
+            self._states.follow(frames, batch)
         if losses := self._loss_rows(batch):
             frames["losses"] = rows_frame("losses", losses)
         self._redactor.redact_all(frames)
         for table, rows in frames.items():
             self._save(table, rows)
-        if "messages" in frames:
-            self._used.update(frames["messages"]["connection"].unique().to_list())
-        if "connections" in frames:
-            self._announced.update(frames["connections"]["connection"].to_list())
+        self._connections.follow(frames)
+        self._newest_bytes = max(self._writer.disk_bytes - before, self._newest_bytes // 2)
+        self._keep_quota()
         if time.monotonic() >= self._next_meta and self._failed is None:
             self._writer.write_meta(self._lost_now(), self._recorder_use())
             self._next_meta = time.monotonic() + META_SECONDS
@@ -148,18 +181,62 @@ class Store:
         )
 
     def _save(self, table: str, rows: pl.DataFrame) -> None:
-        if self._failed is None:
+        while self._failed is None:
             try:
                 self._writer.write(table, rows)
                 return
             except RecordingError as error:
-                self._failed = error
+                full = isinstance(error.__cause__, OSError) and error.__cause__.errno in NO_SPACE
+                if not full or not self._drop_oldest():
+                    self._failed = error
         self._lost[table] += len(rows)
+
+    def _keep_quota(self) -> None:
+        """Drop the oldest chunks that the quota has no room for, with room for another batch."""
+        most_bytes, most_seconds = self._keep
+        chunks = self._writer.chunks
+        while self._failed is None and (len(chunks) > 1 or self._earlier):
+            used = self._writer.disk_bytes + self._newest_bytes + OTHER_BYTES
+            used += sum(earlier.disk_bytes for earlier in self._earlier)
+            too_much = most_bytes is not None and used > most_bytes
+            if self._earlier:
+                age = (time.time_ns() - self._earlier[0].ended_realtime_ns) / 1e9
+            else:
+                age = time.monotonic() - chunks[1].began_at
+            too_old = most_seconds is not None and age > most_seconds
+            if not (too_much or too_old) or not self._drop_oldest():
+                break
+
+    def _drop_oldest(self) -> bool:
+        """Drop an earlier recording, or a chunk if there is a quota and it is not the newest one."""
+        if not self._earlier and (self._keep == (None, None) or len(self._writer.chunks) < 2):
+            return False
+        try:
+            if self._earlier:
+                remove(self._earlier[0])
+                gone = self._earlier.pop(0)
+                self._writer.note(f"{gone.path.name} was removed, as the quota has it")
+                return True
+            self._writer.drop_chunk(self._lost_now(), self._recorder_use())
+        except RecordingError as error:
+            self._failed = error
+            return False
+        return True
+
+    def _forget_programs(self, processes: pl.DataFrame | None) -> list[int]:
+        """Forget where in memory programs were that were replaced; returns the processes that ended."""
+        if processes is None:
+            return []
+        events = processes.select("tgid", "event")
+        begun = events.filter(pl.col("event").is_in(BEGINNINGS))["tgid"]
+        for tgid in begun.unique().to_list():
+            self._symbols.forget(tgid)
+        return events.filter(pl.col("event") == PROCESS_EXIT)["tgid"].to_list()
 
     def _lost_now(self) -> dict[str, int]:
         """Lost events by table; a connection that messages name but nobody described is lost."""
         lost = self._lost.copy()
-        lost["connections"] += len(self._used - self._announced)
+        lost["connections"] += self._connections.lost()
         return dict(lost)
 
     def _recorder_use(self) -> RecorderUse:
@@ -179,7 +256,7 @@ class Store:
                 for name in ("tgid", "tid", "parent_tgid", "cgroup", "start_boottime_ns", "comm"):
                     record[name] = task[name]
                 record["time_ns"] = run.time_ns
-                record["event"] = records.ProcessEvent.PROCESS_ALIVE
+                record["event"] = run.event
                 # a thread that is not the first one has none
                 arguments = run.command_lines.get(int(task["tid"]), b"")
                 rows.append(process_row(record, self._cgroups.path, arguments))
@@ -235,6 +312,9 @@ def first_meta(
             for target in plan.targets
         ],
         tables={},
+        keep_bytes=plan.keep_bytes,
+        shares_quota=plan.shares_quota,
+        keep_ns=None if plan.keep_seconds is None else round(plan.keep_seconds * 1e9),
         lost_tasks=0,
         recorder=RecorderUse(tgid=os.getpid(), cpu_seconds=0.0, cpu_percent=0.0, peak_rss_bytes=0),
         notes=list(notes),

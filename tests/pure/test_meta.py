@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import zlib
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,7 @@ def test_changed_value_does_not_fit_the_checksum(tmp_path):
         read_meta(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in Meta.__annotations__ if name != "format_version"]
-)
+@pytest.mark.parametrize("name", [field.name for field in fields(Meta) if field.default is MISSING])
 def test_missing_fields_are_named(tmp_path, name):
     write_meta(tmp_path, META)
     changed = content(tmp_path)
