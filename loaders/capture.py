@@ -107,6 +107,7 @@ class CaptureOptions:
         follow: record the targets' children, too.
         families: which tables to fill, of FAMILIES and EXTRA_FAMILIES.
         probes: the user's own.
+        bcc_probes: programs for BCC that the user wrote.
         commands: programs that the targets are about to execute: libraries are sought beside them.
         calls: Python functions whose calls are recorded; the number of a hit's probe is a place in it.
         payload_bytes: how much of a payload's head to keep; 0 for nothing.
@@ -122,6 +123,7 @@ class CaptureOptions:
     follow: bool = True
     families: tuple[str, ...] = FAMILIES
     probes: tuple[ProbeSpec, ...] = ()
+    bcc_probes: tuple[Path, ...] = ()
     commands: tuple[Path, ...] = ()
     calls: tuple[Spec, ...] = ()
     payload_bytes: int = 512

@@ -3,3 +3,23 @@
 FAMILIES = ("processes", "syscalls", "messages", "tls", "offcpu", "samples", "contexts", "gil")
 # Those that are recorded only when asked for: all fill the table hits.
 EXTRA_FAMILIES = ("postgres", "runtime")
+# The tables of every recording: those of recording.schema, which would import polars for --help.
+TABLES = (
+    "processes",
+    "syscalls",
+    "messages",
+    "connections",
+    "connects",
+    "tls",
+    "offcpu",
+    "interpreters",
+    "samples",
+    "stacks",
+    "codes",
+    "contexts",
+    "flows",
+    "handoffs",
+    "gil",
+    "hits",
+    "losses",
+)

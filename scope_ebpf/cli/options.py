@@ -4,6 +4,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import click
@@ -95,6 +96,7 @@ class Choices:
     duration: float | None
     families: tuple[str, ...]
     probes: tuple[ProbeSpec, ...]
+    bcc_probes: tuple[str, ...]
     payload_bytes: int
     unredacted: bool
     sample_hz: int
@@ -105,6 +107,7 @@ class Choices:
         return {
             "families": self.families,
             "probes": self.probes,
+            "bcc_probes": tuple(Path(file).absolute() for file in self.bcc_probes),
             "payload_bytes": self.payload_bytes,
             "sample_hz": self.sample_hz,
             "long_wait_ns": round(self.stacks_over * 1e9),
@@ -168,6 +171,14 @@ def recording_options(function: Function) -> Function:
             help="Record each hit of usdt:FILE:PROVIDER:NAME, uprobe:FILE:FUNCTION(int,str) or"
             " uretprobe:FILE:FUNCTION(int); may be given more than once. `scope-ebpf probes FILE` lists"
             " USDT probes.",
+        ),
+        click.option(
+            "--bcc-probe",
+            "bcc_probes",
+            multiple=True,
+            metavar="FILE.c",
+            help="Compile a BCC program of your own, and record what it submits, in tables named after the"
+            " file and its maps; may be given more than once. Needs python3-bpfcc and the kernel's headers.",
         ),
         click.option(
             "--duration", type=Duration(), metavar="TIME", help="Stop after 30s, 5m, 1h30m, …"

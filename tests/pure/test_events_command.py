@@ -19,8 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scope_ebpf import open_recording
-from scope_ebpf.cli.events import SHOWN, TABLES, events
+from scope_ebpf.cli.events import SHOWN, events
 from scope_ebpf.errors import RecordingError, ScopeError, UsageError
+from scope_ebpf.families import TABLES
 from scope_ebpf.recording.schema import SCHEMAS
 from tests.pure.recordings import ROWS, at, make_recording
 
