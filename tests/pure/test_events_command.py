@@ -222,7 +222,8 @@ def test_bad_columns_are_misuse(path):
 
 def test_other_misuse(path):
     assert "exclude each other" in refused(path, "syscalls", "--json", "--csv")
-    for arguments in (["nothing"], ["syscalls", "--limit", "0"], []):
+    assert "there is no table 'nothing'" in refused(path, "nothing")
+    for arguments in (["syscalls", "--limit", "0"], []):
         assert run(path, *arguments).exit_code == 2
 
 
