@@ -27,7 +27,7 @@ SYSTEM_PACKAGES = (
 )
 INSTALL = "run `sudo apt install python3-bpfcc` (other distributions: python3-bcc)"
 # Lines of the compiler and the verifier that are shown.
-COMPILER_LINES = 24
+COMPILER_LINES = 60
 VERIFIER_LINES = 4
 NOISE = ("Unable to find kernel headers", "chdir(", "sh: ", "modprobe", "processed ")
 

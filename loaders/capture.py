@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from scope_ebpf import records
 from scope_ebpf.errors import LoadError
 from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders import hits, tls
+from scope_ebpf.loaders.bcc_capture import BccObject, check_options, choose_loader
 from scope_ebpf.loaders.cgroups import descendants
 from scope_ebpf.loaders.hit_families import HIT_FAMILIES, add_family
 from scope_ebpf.loaders.libbpf import BpfObject, Uprobe, possible_cpus, tracepoint_arguments
@@ -114,6 +115,7 @@ class CaptureOptions:
         sample_hz: how often a second of CPU time the stack of a running thread is taken.
         long_wait_ns: a wait in a system call that is as long gets a stack.
         hot_slots, wide_slots: slots per CPU, powers of two; None for a size that fits the host.
+        loader: libbpf, bcc, or auto: libbpf where the kernel has type information.
     """
 
     tgids: tuple[int, ...] = ()
@@ -131,6 +133,7 @@ class CaptureOptions:
     long_wait_ns: int = 1_000_000
     hot_slots: int | None = None
     wide_slots: int | None = None
+    loader: str = "auto"
 
 
 @dataclass
@@ -188,7 +191,11 @@ class Capture:
         for probe in options.probes:
             self.places.add_spec(probe)
         self.notes += self.places.notes
-        self._object = BpfObject(OBJECT)
+        self.loader = choose_loader(options.loader)
+        if self.loader == "bcc":
+            check_options(options.families, probes=bool(options.probes), calls=bool(options.calls))
+        # BccObject has what is used of the other one
+        self._object = cast(BpfObject, BccObject()) if self.loader == "bcc" else BpfObject(OBJECT)
         try:
             self._load()
         except BaseException:
@@ -237,7 +244,8 @@ class Capture:
 
     def _load(self) -> None:
         options, families = self.options, self.options.families
-        check_layout(self._object)
+        if self.loader == "libbpf":
+            check_layout(self._object)
         self._object.select(
             {
                 *self._programs(),

@@ -28,8 +28,10 @@ struct {
 } gathered SEC(".maps");
 
 /* Copies the head of what moved behind the header of a wide slot; returns how many bytes. */
-static __always_inline __u32 copy_buffer(struct payload *payload, __u64 base, __u32 length)
+static __always_inline __u32 copy_buffer(struct payload *payload, __u64 base, __u64 length)
 {
+	/* checked here and not before, where the verifier would not see it */
+	asm volatile("" : "+r"(length));
 	if (length > payload_limit)
 		length = payload_limit;
 	/* not in memory now: nothing is copied, and the record says so */
@@ -37,9 +39,10 @@ static __always_inline __u32 copy_buffer(struct payload *payload, __u64 base, __
 }
 
 /* Likewise from up to MAX_VECTORS pieces. */
-static __always_inline __u32 copy_vectors(struct payload *payload, __u64 vectors, __u64 count, __u32 length)
+static __always_inline __u32 copy_vectors(struct payload *payload, __u64 vectors, __u64 count, __u64 length)
 {
-	__u32 copied = 0, part, i, cpu = bpf_get_smp_processor_id();
+	__u32 i, cpu = bpf_get_smp_processor_id();
+	__u64 copied = 0, part; /* as wide as registers: no extension parts them from their bounds */
 	char *bytes = bpf_map_lookup_elem(&gathered, &cpu);
 	struct user_iovec piece;
 
