@@ -130,8 +130,6 @@ class BccObject:
         self._sizes[name] = entries
         if value_bytes is not None:
             self._value_bytes[name] = value_bytes
-        if name == "gathered":  # the verifier of what BCC compiles sees wider bounds
-            self._value_bytes[name] = 2 * (value_bytes or 64)
 
     def load(self) -> None:
         """Compile, create the maps and load the selected programs.

@@ -27,13 +27,20 @@ struct {
 	__uint(value_size, 64);
 } gathered SEC(".maps");
 
+/*
+ * At most payload_limit. In one piece, so that what is used is what was compared, and not a copy of it that
+ * the compiler kept elsewhere: older verifiers would not know its bound.
+ */
+static __always_inline __u64 within_limit(__u64 bytes)
+{
+	asm volatile("if %0 <= %1 goto +1\n\t%0 = %1" : "+r"(bytes) : "r"((__u64)payload_limit));
+	return bytes;
+}
+
 /* Copies the head of what moved behind the header of a wide slot; returns how many bytes. */
 static __always_inline __u32 copy_buffer(struct payload *payload, __u64 base, __u64 length)
 {
-	/* checked here and not before, where the verifier would not see it */
-	asm volatile("" : "+r"(length));
-	if (length > payload_limit)
-		length = payload_limit;
+	length = within_limit(length);
 	/* not in memory now: nothing is copied, and the record says so */
 	return bpf_probe_read_user(payload + 1, length, (void *)base) ? 0 : length;
 }
@@ -48,21 +55,19 @@ static __always_inline __u32 copy_vectors(struct payload *payload, __u64 vectors
 
 	if (!bytes)
 		return 0;
-	if (length > payload_limit)
-		length = payload_limit;
+	length = within_limit(length);
 	for (i = 0; i < MAX_VECTORS && i < count && copied < length; i++) {
-		if (copied >= payload_limit ||
-		    bpf_probe_read_user(&piece, sizeof(piece), (void *)(vectors + i * sizeof(piece))))
+		if (bpf_probe_read_user(&piece, sizeof(piece), (void *)(vectors + i * sizeof(piece))))
 			break;
-		part = piece.length < payload_limit ? piece.length : payload_limit;
+		part = within_limit(piece.length);
+		copied = within_limit(copied);
 		if (bpf_probe_read_user(bytes + copied, part, (void *)piece.base))
 			break; /* what is copied so far is right */
 		copied += part;
 	}
 	if (copied > length)
 		copied = length;
-	if (copied > payload_limit)
-		copied = payload_limit;
+	copied = within_limit(copied);
 	return bpf_probe_read_kernel(payload + 1, copied, bytes) ? 0 : copied;
 }
 
