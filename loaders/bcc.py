@@ -4,6 +4,7 @@ BCC compiles C at run time against the running kernel's headers. Its Python is a
 (Debian and Ubuntu: python3-bpfcc) and nowhere else: the project of that name on PyPI is unrelated.
 """
 
+import atexit
 import contextlib
 import importlib.util
 import os
@@ -27,7 +28,7 @@ SYSTEM_PACKAGES = (
 )
 INSTALL = "run `sudo apt install python3-bpfcc` (other distributions: python3-bcc)"
 # Lines of the compiler and the verifier that are shown.
-COMPILER_LINES = 60
+COMPILER_LINES = 24
 VERIFIER_LINES = 4
 NOISE = ("Unable to find kernel headers", "chdir(", "sh: ", "modprobe", "processed ")
 
@@ -128,6 +129,27 @@ def compile_program(
         except (Exception, SystemExit) as error:
             problem = error
     raise explain(name, str(problem), said()) from problem
+
+
+def load_function(program: Any, function: str, name: str = "") -> Any:
+    """Load a function of a compiled program as a raw tracepoint's; BCC's handle, with its descriptor `fd`.
+
+    Raises:
+        LoadError: the kernel refuses it.
+    """
+    with captured_errors() as said:
+        try:
+            return program.load_func(function, program.RAW_TRACEPOINT)
+        except (Exception, SystemExit) as error:
+            problem = error
+    raise explain(name or function, str(problem), said()) from problem
+
+
+def clean_up(program: Any) -> None:
+    """Detach and unload a program; may be done again."""
+    with captured_errors(), contextlib.suppress(Exception):
+        program.cleanup()
+    atexit.unregister(program.cleanup)
 
 
 def explain(name: str, problem: str, said: str) -> UsageError | LoadError:

@@ -4,12 +4,11 @@ For kernels that come without type information (BTF) but with headers. The progr
 compiled at run time (bcc_source.py); what libbpf does by iterators comes from /proc (bcc_life.py).
 """
 
-import atexit
 import ctypes as c
 import mmap
 import os
+import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +103,7 @@ class BccObject:
         self.detach(*self._links)
         self._life = None
         if self._bpf is not None:
-            with bcc.captured_errors(), suppress(Exception):
-                self._bpf.cleanup()
-            atexit.unregister(self._bpf.cleanup)
+            bcc.clean_up(self._bpf)
             self._bpf = None
 
     def select(self, names: set[str]) -> None:
@@ -162,12 +159,7 @@ class BccObject:
         self._life = Life(self._bpf["tasks"], self._constants, self._numbers, states)
 
     def _load_program(self, name: str) -> Any:
-        with bcc.captured_errors() as said:
-            try:
-                return self._bpf.load_func(name, self._bpf.RAW_TRACEPOINT)
-            except (Exception, SystemExit) as error:
-                problem = error
-        raise bcc.explain("the probes", str(problem), said()) from problem
+        return bcc.load_function(self._bpf, name, "the probes")
 
     def _set(self, table: str, key: Any, value: Any, flags: int = 0) -> None:
         lib = bcc.load_bcc().lib
@@ -252,5 +244,5 @@ def kernel_version(release: str) -> tuple[int, int]:
     >>> kernel_version("6.1.0-56-cloud-amd64")
     (6, 1)
     """
-    first, second = release.split(".")[:2]
-    return int(first), int("".join(digit for digit in second if digit.isdecimal()))
+    match = re.match(r"(\d+)\.(\d+)", release)
+    return (int(match[1]), int(match[2])) if match else (0, 0)

@@ -8,7 +8,6 @@ import mmap
 import os
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -256,18 +255,12 @@ class Program:
         if not self.follows:
             return
         for function, tracepoint in LIFE.items():
-            with bcc.captured_errors() as said:
-                try:
-                    loaded = self._bpf.load_func(function, self._bpf.RAW_TRACEPOINT)
-                    descriptor = self._lib.bpf_attach_raw_tracepoint(loaded.fd, tracepoint.encode())
-                except (Exception, SystemExit) as error:
-                    problem = error
-                    descriptor = None
-            if descriptor is None:
-                raise bcc.explain(name, str(problem), said()) from problem
+            loaded = bcc.load_function(self._bpf, function, name)
+            with bcc.captured_errors():
+                descriptor = self._lib.bpf_attach_raw_tracepoint(loaded.fd, tracepoint.encode())
             if descriptor < 0:
                 raise LoadError(
-                    f"cannot follow processes for {name}: {os.strerror(-descriptor)}; leave"
+                    f"cannot follow processes for {name}: {os.strerror(c.get_errno())}; leave"
                     " scope_is_recorded() away, or use a kernel since 4.17"
                 )
             self._life.append(descriptor)
@@ -343,11 +336,7 @@ class Program:
         """Take it out of the kernel; what is in the rings stays."""
         while self._life:
             os.close(self._life.pop())
-        import atexit
-
-        with bcc.captured_errors(), suppress(Exception):
-            self._bpf.cleanup()
-        atexit.unregister(self._bpf.cleanup)
+        bcc.clean_up(self._bpf)
 
     def close(self) -> None:
         """Take it out of the kernel, and give up its rings."""

@@ -126,13 +126,10 @@ def test_own_program(bcc):
     tables = session.recording.tables
     assert tables[-2:] == ("getppids_calls", "getppids_ring")
     calls = session.table("getppids_calls")
-    assert calls.schema == pl.Schema(
-        {
-            "time_ns": pl.Int64, "ts": pl.UInt64, "tgid": pl.UInt32, "tid": pl.UInt32,
-            "number": pl.Int64, "leader": pl.Boolean, "comm": pl.String,
-            "bytes": pl.List(pl.UInt8), "pair": pl.List(pl.Int16),
-        }
-    )  # fmt: skip
+    assert dict(calls.schema) == {
+        "time_ns": pl.Int64, "ts": pl.UInt64, "tgid": pl.UInt32, "tid": pl.UInt32, "number": pl.Int64,
+        "leader": pl.Boolean, "comm": pl.String, "bytes": pl.List(pl.UInt8), "pair": pl.List(pl.Int16),
+    }  # fmt: skip
     known = session.table("syscalls").filter(name="getppid")
     assert calls.select("tgid", "tid").rows() == known.select("tgid", "tid").rows()
     assert (calls["ts"].cast(pl.Int64) - known["start_ns"]).abs().max() < 5_000_000
