@@ -11,7 +11,6 @@ from scope_ebpf.analysis.numbers import LifeOf
 from scope_ebpf.analysis.services import service_lives
 from scope_ebpf.recording.directory import META_FILE
 from scope_ebpf.recording.reader import Recording
-from scope_ebpf.recording.schema import SCHEMAS
 from scope_ebpf.syscalls import errno_name
 
 # Durations are counted in buckets of this many per power of two, so that quantiles of any number of
@@ -135,7 +134,7 @@ def summarize(recording: Recording) -> Summary:
     lost = _losses(recording)
     lost_payloads = max(lost.pop("payloads", 0), _counted(recording, "payloads"))
     lost_tasks = max(lost.pop("tasks", 0), _counted(recording, "tasks"), meta.lost_tasks)
-    tables = {name: _table(recording, name, lost.get(name, 0)) for name in SCHEMAS}
+    tables = {name: _table(recording, name, lost.get(name, 0)) for name in recording.tables}
     comms = _comms(recording)
     lives = service_lives(recording.collect(recording.processes))
     # a later process or thread may have the number of one that ended
@@ -205,7 +204,7 @@ def _incomplete(recording: Recording) -> list[str]:
     missing = {
         name: count.rows - recording.rows(name)
         for name, count in recording.meta.tables.items()
-        if name in SCHEMAS and count.rows > recording.rows(name)
+        if name in recording.tables and count.rows > recording.rows(name)
     }
     if missing:
         what = ", ".join(f"{rows} rows of {name}" for name, rows in missing.items())

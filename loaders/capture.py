@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from scope_ebpf import records
 from scope_ebpf.errors import LoadError
 from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders import hits, tls
+from scope_ebpf.loaders.bcc_capture import BccObject, check_options, choose_loader
 from scope_ebpf.loaders.cgroups import descendants, mount_point
 from scope_ebpf.loaders.hit_families import HIT_FAMILIES, add_family
 from scope_ebpf.loaders.libbpf import (
@@ -114,6 +115,7 @@ class CaptureOptions:
         follow: record the targets' children, too.
         families: which tables to fill, of FAMILIES and EXTRA_FAMILIES.
         probes: the user's own.
+        bcc_probes: programs for BCC that the user wrote.
         commands: programs that the targets are about to execute: libraries are sought beside them.
         calls: Python functions whose calls are recorded; the number of a hit's probe is a place in it.
         payload_bytes: how much of a payload's head to keep; 0 for nothing.
@@ -121,6 +123,7 @@ class CaptureOptions:
         long_wait_ns: a wait in a system call that is as long gets a stack.
         hot_slots, wide_slots: slots per CPU, powers of two; None for a size that fits the host.
         transport: how records come out of the kernel: `rings`, `perf`, or `auto` for the first that works.
+        loader: libbpf, bcc, or auto: libbpf where the kernel has type information.
     """
 
     tgids: tuple[int, ...] = ()
@@ -130,6 +133,7 @@ class CaptureOptions:
     follow: bool = True
     families: tuple[str, ...] = FAMILIES
     probes: tuple[ProbeSpec, ...] = ()
+    bcc_probes: tuple[Path, ...] = ()
     commands: tuple[Path, ...] = ()
     calls: tuple[Spec, ...] = ()
     payload_bytes: int = 512
@@ -138,6 +142,7 @@ class CaptureOptions:
     hot_slots: int | None = None
     wide_slots: int | None = None
     transport: str = "auto"
+    loader: str = "auto"
 
 
 @dataclass
@@ -198,6 +203,9 @@ class Capture:
         for probe in options.probes:
             self.places.add_spec(probe)
         self.notes += self.places.notes
+        self.loader = choose_loader(options.loader)
+        if self.loader == "bcc":
+            check_options(options.families, probes=bool(options.probes), calls=bool(options.calls))
         wanted = sorted(set(HIT_FAMILIES) & set(options.families))
         self._places_are_told = not (options.probes or wanted) or has_cookies()
         if not self._places_are_told:
@@ -220,7 +228,12 @@ class Capture:
             )
 
     def _open(self, transport: type[Transport]) -> None:
-        self._object = BpfObject(transport.object_path)
+        # BccObject has what is used of the other one
+        self._object = (
+            cast(BpfObject, BccObject())
+            if self.loader == "bcc"
+            else BpfObject(transport.object_path)
+        )
         self._transport = transport(self._object, self.cpus)
         try:
             self._load()
@@ -277,7 +290,8 @@ class Capture:
 
     def _load(self) -> None:
         options, families = self.options, self.options.families
-        check_layout(self._object)
+        if self.loader == "libbpf":
+            check_layout(self._object)
         self._object.select(
             {
                 *self._programs(),

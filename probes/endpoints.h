@@ -34,7 +34,11 @@ enum {
 	STREAM_ORIGIN = 1 << 30,
 	/* so much goes into a queue in one piece, or not at all (PIPE_BUF) */
 	UNDIVIDED_BYTES = 4096,
+#ifdef SCOPE_BCC /* the verifier follows each walk from each of the places that it is put into */
+	MAX_QUEUED_BUFFERS = 64,
+#else
 	MAX_QUEUED_BUFFERS = 256,
+#endif
 };
 
 #define QUEUE_TOO_LONG 0xffffffffffffffffULL
@@ -350,10 +354,13 @@ GLOBAL int measure_again(__u64 key, struct endpoint *end, bool receive, __u32 le
 static __always_inline void read_unix_path(struct sock *sk, char *path)
 {
 	struct unix_address *address = BPF_CORE_READ((struct unix_sock *)sk, addr);
-	int length = BPF_CORE_READ(address, len) - 2;
+	__u64 length = BPF_CORE_READ(address, len) - 2;
 
-	if (length <= 0 || length >= PATH_BYTES)
+	if (length - 1 >= PATH_BYTES - 1)
 		return;
+	/* hides the comparison from the compiler, as in class_of(); the slot has room for the mask's bytes */
+	asm volatile("" : "+r"(length));
+	length &= 127;
 	bpf_probe_read_kernel(path, length,
 			      (void *)address + FIELD_OFFSET(struct unix_address, name) + 2);
 }

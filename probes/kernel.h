@@ -10,6 +10,11 @@
 #ifndef SCOPE_KERNEL_H
 #define SCOPE_KERNEL_H
 
+/* BCC compiles against the running kernel's own headers: the same names as below are in there. */
+#ifdef SCOPE_BCC
+#include "bcc/kernel.h"
+#else
+
 typedef unsigned char __u8;
 typedef signed char __s8;
 typedef unsigned short __u16;
@@ -82,6 +87,9 @@ enum bpf_func_id {
 #define FIELD_OF(pointer, first, second) (pointer)->first->second
 #define GLOBAL __noinline
 #endif
+/* A field of a tracepoint's argument, or of what that points to: ARG_FIELD(task, mm, arg_start). */
+#define ARG_FIELD(pointer, fields...) ___arrow(pointer, ##fields)
+#define RAW_ARGUMENT(context, number) ((context)[number])
 #define CACHE_LINE 64
 
 /* The compiler's idea of these layouts is replaced at load, so their holes mean nothing. */
@@ -409,6 +417,8 @@ enum {
 
 #pragma clang diagnostic pop
 
+#endif
+
 /* User space's ABI: these do not move. */
 struct user_sockaddr_in {
 	__u16 family;
@@ -445,6 +455,8 @@ struct user_mmsghdr {
 	__u32 length;
 	__u32 padding;
 };
+
+#ifndef SCOPE_BCC
 
 /*
  * Since 6.2 (commit 541c3bad8dc5) any address can be given a kernel type, and its fields be loaded without
@@ -492,5 +504,7 @@ static __always_inline bool task_is_compat(__u64 task)
 	return READ_FIELD(struct task_struct, (void *)task, thread_info.flags) & TIF_32BIT_MASK;
 #endif
 }
+
+#endif
 
 #endif

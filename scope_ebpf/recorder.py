@@ -21,10 +21,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scope_ebpf.errors import TargetError
+from scope_ebpf.families import TABLES
+from scope_ebpf.loaders.bcc_fields import OwnTable
+from scope_ebpf.loaders.bcc_programs import OwnPrograms, Targets
 from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions
 from scope_ebpf.loaders.hits import Places
 from scope_ebpf.loaders.ring import Records
-from scope_ebpf.loaders.targets import LiveProcesses, Target, check_same, command_line
+from scope_ebpf.loaders.targets import (
+    LiveProcesses,
+    Target,
+    check_same,
+    command_line,
+    with_descendants,
+)
 from scope_ebpf.records import ProcessEvent
 
 if TYPE_CHECKING:  # it imports polars, which takes 0.15 s: that is done while events already arrive
@@ -105,6 +114,10 @@ class Drained:
     notes: list[str] = field(default_factory=list)  # sentences about what is not recorded
     # lost events by CPU and loss kind, since the batch before; and when that was
     lost: NDArray[np.uint64] | None = None
+    # of the user's programs: number of the table, times if the kernel told them, records; and what was
+    # lost by table and CPU
+    own: list[tuple[int, NDArray[np.int64] | None, NDArray[Any]]] = field(default_factory=list)
+    own_lost: NDArray[np.uint64] | None = None
     since_ns: int = 0
     slots: int = 0
     last: bool = False  # nothing comes after it
@@ -133,6 +146,11 @@ class Drained:
         self.hot += batch.hot
         self.wide += batch.wide
         self.slots += sum(len(slots) for _, _, slots in (*batch.hot, *batch.wide))
+
+    def add_own(self, runs: list[tuple[int, NDArray[np.int64] | None, NDArray[Any]]]) -> None:
+        """Take what the user's programs submitted."""
+        self.own += runs
+        self.slots += sum(len(rows) for _, _, rows in runs)
 
 
 class Use:
@@ -179,6 +197,16 @@ def same_interrupt_handler() -> Iterator[None]:
         set_again(signal.SIGINT, handler)
 
 
+def own_programs(options: CaptureOptions) -> OwnPrograms:
+    """The user's programs for BCC, compiled and attached.
+
+    Raises:
+        UsageError, LoadError: one cannot be used.
+    """
+    targets = Targets(options.everything, options.follow or options.cgroup is not None)
+    return OwnPrograms(options.bcc_probes, targets, taken=TABLES)
+
+
 class Recorder:
     """One recording, from attaching to the last segment."""
 
@@ -199,6 +227,8 @@ class Recorder:
         self._store: Store | None = None
         self._imported = False
         self._lost = 0
+        self._own: OwnPrograms | None = None
+        self._own_lost = np.zeros((), np.uint64)  # so far, by table and CPU
 
     def stop(self) -> None:
         """End the recording in good order; may be called from a signal handler."""
@@ -218,6 +248,8 @@ class Recorder:
             live = stack.enter_context(
                 LiveProcesses(tuple(target.tgid for target in self.plan.targets))
             )
+            if self.plan.options.bcc_probes:
+                self._own = stack.enter_context(own_programs(self.plan.options))
             capture = stack.enter_context(Capture(self.plan.options))
             chosen = replace(self.plan.options, transport=capture.transport)
             self.plan = replace(self.plan, options=chosen)
@@ -229,6 +261,9 @@ class Recorder:
                     f"cannot attach to process {self.plan.targets[0].tgid}: it has ended meanwhile;"
                     " to record it from its start, use `scope-ebpf run`"
                 )
+            if self._own is not None:
+                self._follow(self._own, marked)
+                self._own.start()
             if self.plan.options.after_exec:
                 marked = marked[:0]  # they are not recorded yet
             first = Drained(since_ns=started_ns)
@@ -238,7 +273,13 @@ class Recorder:
             use = Use()
             writer = threading.Thread(
                 target=self._write,
-                args=(started_ns, use, tuple(capture.notes), capture.places),
+                args=(
+                    started_ns,
+                    use,
+                    tuple(capture.notes),
+                    capture.places,
+                    () if self._own is None else self._own.tables,
+                ),
                 name="scope-writer",
                 daemon=True,
             )
@@ -286,6 +327,9 @@ class Recorder:
             fill = capture.fill()
             batch = capture.drain()
             pending.add(batch)
+            if self._own is not None:
+                fill = max(fill, self._own.fill())
+                pending.add_own(self._own.drain())
             pending.interpreters += capture.watch_pythons(batch)
             pending.notes += capture.watch_files(batch)
             interval = min(
@@ -294,7 +338,10 @@ class Recorder:
             now = time.monotonic()
             if capture.marks_wanted() != marks:
                 marks = capture.marks_wanted()
-                pending.mark(capture.mark_tasks(), time.monotonic_ns())
+                marked = capture.mark_tasks()
+                pending.mark(marked, time.monotonic_ns())
+                if self._own is not None:
+                    self._own.follow(marked["tgid"][marked["seen_before"] == 0].tolist())
             if now >= next_segment or pending.slots >= SEGMENT_SLOTS:
                 again = self._store is not None and self._store.wants_telling()
                 if again:
@@ -312,6 +359,9 @@ class Recorder:
                 break
             if self.plan.targets and not live.any():
                 break
+        if self._own is not None:
+            self._own.stop()
+            pending.add_own(self._own.drain())
         still_open = capture.stop()
         pending.add(capture.drain())
         settled = time.monotonic() + SETTLE_SECONDS
@@ -332,6 +382,11 @@ class Recorder:
         lost_now = capture.lost()
         pending.lost = lost_now - lost
         self._lost += int(pending.lost.sum())
+        if self._own is not None:
+            own_lost = self._own.lost()
+            pending.own_lost = own_lost - self._own_lost
+            self._lost += int(pending.own_lost.sum())
+            self._own_lost = own_lost
         self._queue.put(pending)
         return Drained(since_ns=time.monotonic_ns()), lost_now
 
@@ -345,7 +400,26 @@ class Recorder:
             use.cpu_percent(),
         )
 
-    def _write(self, started_ns: int, use: Use, notes: tuple[str, ...], places: Places) -> None:
+    def _follow(self, own: OwnPrograms, marked: Records) -> None:
+        """Tell the user's programs who is recorded, with children that were born meanwhile."""
+        options = self.plan.options
+        known: set[int] = set()
+        fresh = set(marked["tgid"].tolist())
+        while fresh:
+            own.follow(fresh, after_exec=options.after_exec)
+            known |= fresh
+            # those of a process that is told now are told in the kernel
+            found = with_descendants(options.tgids) if options.follow else []
+            fresh = set(found) - known
+
+    def _write(
+        self,
+        started_ns: int,
+        use: Use,
+        notes: tuple[str, ...],
+        places: Places,
+        own_tables: tuple[OwnTable, ...],
+    ) -> None:
         """The writer thread: takes batches until None comes."""
         try:
             # More threads would encode a segment sooner, for more CPU time and memory in all.
@@ -357,7 +431,7 @@ class Recorder:
             finally:
                 self._imported = True
 
-            self._store = Store(self.plan, started_ns, use, notes, places)
+            self._store = Store(self.plan, started_ns, use, notes, places, own_tables)
         except BaseException as error:
             self._fail(error)
         while (batch := self._queue.get()) is not None:

@@ -17,6 +17,8 @@ Examples:
   sudo scope-ebpf doctor --pid 4711    # also what can be recorded of its Python
   sudo scope-ebpf doctor --json | jq .families.syscalls
 """
+# Names of checks that tell of what is not needed begin so.
+OPTIONAL = ("loader ",)
 MARKS = {True: ("works", "green"), False: ("FAILS", "red"), None: ("-", None)}
 
 
@@ -58,8 +60,15 @@ def render(checks: list[Check], width: int) -> str:
     """The table: a line per check with its fact, and below it the cause and the fix."""
     others = [check for check in checks if not is_interpreter(check)]
     sections = {
-        "Needed": [check for check in others if not check.family and check.works is not None],
+        "Needed": [
+            check
+            for check in others
+            if not (check.family or check.works is None or check.name.startswith(OPTIONAL))
+        ],
         "Probes, tried just now": [check for check in others if check.family],
+        "Other ways": [
+            check for check in others if check.works is not None and check.name.startswith(OPTIONAL)
+        ],
         "Python": [check for check in checks if is_interpreter(check)],
         "For information": [check for check in others if check.works is None and not check.family],
     }

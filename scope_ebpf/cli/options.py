@@ -3,12 +3,14 @@
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from scope_ebpf.families import EXTRA_FAMILIES, FAMILIES
+from scope_ebpf.families import BCC_FAMILIES, EXTRA_FAMILIES, FAMILIES
 from scope_ebpf.probe_specs import ProbeSpec, parse_probe
 
 Function = Callable[..., Any]
@@ -128,6 +130,8 @@ class Choices:
     duration: float | None
     families: tuple[str, ...]
     probes: tuple[ProbeSpec, ...]
+    bcc_probes: tuple[str, ...]
+    loader: str
     payload_bytes: int
     unredacted: bool
     sample_hz: int
@@ -141,11 +145,22 @@ class Choices:
         return {
             "families": self.families,
             "probes": self.probes,
+            "loader": self.loader,
+            "bcc_probes": tuple(Path(file).absolute() for file in self.bcc_probes),
             "payload_bytes": self.payload_bytes,
             "sample_hz": self.sample_hz,
             "long_wait_ns": round(self.stacks_over * 1e9),
             "transport": self.transport,
         }
+
+
+def with_families_of(choices: Choices) -> Choices:
+    """Without the families that the loader does not have, for a user who chose none."""
+    from scope_ebpf.loaders.bcc_capture import choose_loader
+
+    if choose_loader(choices.loader) != "bcc":
+        return choices
+    return replace(choices, loader="bcc", families=BCC_FAMILIES)
 
 
 def recording_options(function: Function) -> Function:
@@ -155,6 +170,9 @@ def recording_options(function: Function) -> Function:
     @functools.wraps(function)
     def command(**arguments: Any) -> Any:
         choices = Choices(**{name: arguments.pop(name) for name in names})
+        source = click.get_current_context().get_parameter_source("families")
+        if source is ParameterSource.DEFAULT:
+            choices = with_families_of(choices)
         return function(**arguments, choices=choices)
 
     for option in (
@@ -213,6 +231,22 @@ def recording_options(function: Function) -> Function:
             help="Record each hit of usdt:FILE:PROVIDER:NAME, uprobe:FILE:FUNCTION(int,str) or"
             " uretprobe:FILE:FUNCTION(int); may be given more than once. `scope-ebpf probes FILE` lists"
             " USDT probes.",
+        ),
+        click.option(
+            "--bcc-probe",
+            "bcc_probes",
+            multiple=True,
+            metavar="FILE.c",
+            help="Compile a BCC program of your own, and record what it submits, in tables named after the"
+            " file and its maps; may be given more than once. Needs python3-bpfcc and the kernel's headers.",
+        ),
+        click.option(
+            "--loader",
+            type=click.Choice(["auto", "libbpf", "bcc"]),
+            default="auto",
+            show_default=True,
+            help="How the probes get into the kernel: libbpf needs its type information (BTF); bcc compiles"
+            f" them against its headers, for {','.join(BCC_FAMILIES)}.",
         ),
         click.option(
             "--duration", type=Duration(), metavar="TIME", help="Stop after 30s, 5m, 1h30m, …"

@@ -14,7 +14,7 @@ import types
 import typing
 import zlib
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -59,6 +59,16 @@ class Target:
     tgid: Count
     comm: str
     cmdline: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTable:
+    """A table that a program of the user's filled (--bcc-probe)."""
+
+    name: str
+    source: str  # the program's file
+    output: str  # the map in it that the rows were submitted to
+    columns: list[list[str]]  # name and type of each: recording.own_tables.COLUMN_TYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +121,8 @@ class Meta:
     lost_tasks: Count  # threads that could not be taken up: nothing of them is recorded
     recorder: RecorderUse
     notes: list[str]  # plain sentences about what went wrong or was left out
+    loader: str = "libbpf"  # what compiled and loaded the probes: libbpf or bcc
+    own_tables: list[OwnTable] = field(default_factory=list)
     keep_bytes: Count | None = None  # the quota: older segments are removed when there is more,
     keep_ns: Count | None = None  # or when they are as old; None: no quota
     dropped_until_ns: Count | None = None  # of what was before this, nothing is left; None: all is
@@ -241,13 +253,13 @@ def _build(into: type[T], value: object, where: str, file: Path) -> T:
         raise _damaged(file, f"{where or 'it'} is not an object")
     hints = typing.get_type_hints(into, include_extras=True)
     arguments = {}
-    for field in fields(into):  # type: ignore[arg-type]  # every caller passes a dataclass
-        name = f"{where}.{field.name}" if where else field.name
-        if field.name not in value:
-            if field.default is not MISSING:
+    for each in fields(into):  # type: ignore[arg-type]  # every caller passes a dataclass
+        name = f"{where}.{each.name}" if where else each.name
+        if each.name not in value:
+            if each.default is not MISSING or each.default_factory is not MISSING:
                 continue
             raise _damaged(file, f"{name} is missing")
-        arguments[field.name] = _convert(hints[field.name], value[field.name], name, file)
+        arguments[each.name] = _convert(hints[each.name], value[each.name], name, file)
     return into(**arguments)
 
 

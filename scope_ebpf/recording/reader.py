@@ -16,6 +16,7 @@ from scope_ebpf.recording import readable
 from scope_ebpf.recording.directory import META_FILE, SUFFIX
 from scope_ebpf.recording.flows import BIRTHS, ThreadContexts
 from scope_ebpf.recording.meta import Meta, read_meta
+from scope_ebpf.recording.own_tables import schema_of
 from scope_ebpf.recording.schema import SCHEMAS
 from scope_ebpf.recording.segments import (
     Segment,
@@ -66,12 +67,13 @@ def open_recording(path: str | os.PathLike[str], *, verify: bool = True) -> Reco
     for attempt in range(_ATTEMPTS):
         meta = read_meta(absolute)  # before the segments, so that they are at least what it counts
         try:
+            tables = [*SCHEMAS, *(own.name for own in meta.own_tables)]
             segments = {
                 table: list_segments(
                     absolute / table,
                     meta.tables[table].first_segment if table in meta.tables else 1,
                 )
-                for table in SCHEMAS
+                for table in tables
             }
             break
         except RecordingError:
@@ -109,6 +111,8 @@ class Recording:
         self.path = path
         self.meta = meta
         self._segments = segments
+        own = {table.name: schema_of(table.columns) for table in meta.own_tables}
+        self._schemas: dict[str, pl.Schema] = {**own, **SCHEMAS}
         self._verify = verify
         self._checked: set[str] = set()
         self._rows: dict[str, int] = {}
@@ -120,15 +124,26 @@ class Recording:
     def __repr__(self) -> str:
         return f"<Recording {self.path}>"
 
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The names of all tables: those that every recording has, then those of the user's programs."""
+        own = [table.name for table in self.meta.own_tables]
+        return (*SCHEMAS, *(name for name in own if name not in SCHEMAS))
+
     def table(self, name: str) -> pl.LazyFrame:
         """The table of this name, with the columns that the property of the same name documents.
 
+        Tables of the user's programs (`meta.own_tables`) have the columns of the struct in their source,
+        and `time_ns`, when each row was submitted, if the kernel told that.
+
         Raises `UsageError` if there is no such table.
         """
-        if name not in SCHEMAS:
-            close = difflib.get_close_matches(name, SCHEMAS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(SCHEMAS)}"
+        if name not in self._schemas:
+            close = difflib.get_close_matches(name, self.tables, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(self.tables)}"
             raise UsageError(f"there is no table {name!r}; {hint}")
+        if name not in SCHEMAS:
+            return self._stored(name)
         frame = getattr(self, name)
         assert isinstance(frame, pl.LazyFrame)
         return frame
@@ -530,7 +545,7 @@ class Recording:
     def rows(self, name: str) -> int:
         """How many rows a table has on disk; only Parquet footers are read."""
         if name not in self._rows:
-            self._rows[name] = count_rows(self._segments[name], SCHEMAS[name])
+            self._rows[name] = count_rows(self._segments[name], self._schemas[name])
         return self._rows[name]
 
     def size_bytes(self, name: str) -> int:
@@ -544,11 +559,11 @@ class Recording:
         with the format and, if the recording ended properly, the number of rows with meta.json's.
         Raises `FormatError` or `RecordingError`, which name the file and what to do.
         """
-        for table in tables or SCHEMAS:
+        for table in tables or self.tables:
             segments = self._segments[table]
             if verify:
                 verify_bytes(segments, complete=self.meta.complete)
-            check_columns(segments, SCHEMAS[table])
+            check_columns(segments, self._schemas[table])
             counted = self.meta.tables.get(table)
             expected = counted.rows if counted else 0
             if self.meta.complete and self.rows(table) != expected:
@@ -569,7 +584,7 @@ class Recording:
     def _stored(self, table: str) -> pl.LazyFrame:
         if table not in self._checked:
             self.check(table, verify=self._verify)
-        return scan(self._segments[table], SCHEMAS[table])
+        return scan(self._segments[table], self._schemas[table])
 
     def thread_contexts(self) -> ThreadContexts | None:
         """The logical context of each thread at any time; None: no thread was in one."""

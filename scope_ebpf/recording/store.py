@@ -12,11 +12,15 @@ import polars as pl
 from scope_ebpf import records
 from scope_ebpf.errors import RecordingError
 from scope_ebpf.loaders import host
+from scope_ebpf.loaders.bcc_capture import choose_loader
+from scope_ebpf.loaders.bcc_fields import OwnTable
 from scope_ebpf.loaders.cgroups import CgroupPaths
 from scope_ebpf.loaders.hits import Places
 from scope_ebpf.loaders.symbols import Symbols
 from scope_ebpf.recorder import Drained, Marked, Plan, Use
+from scope_ebpf.recording import meta
 from scope_ebpf.recording.meta import Clock, Host, Meta, RecorderUse, Target
+from scope_ebpf.recording.own_tables import own_frame
 from scope_ebpf.recording.python_tables import Descriptions
 from scope_ebpf.recording.redaction import Redactor
 from scope_ebpf.recording.rotation import earlier_recordings, remove
@@ -69,10 +73,11 @@ class Store:
         use: Use,
         notes: tuple[str, ...] = (),
         places: Places | None = None,
+        own_tables: tuple[OwnTable, ...] = (),
     ) -> None:
         """Write the recording's beginning; `notes` are sentences about what is not recorded.
 
-        `places` are those of the user's own probes.
+        `places` are those of the user's own probes, `own_tables` the tables of the user's programs.
 
         Raises:
             RecordingError: its directory cannot be written to.
@@ -85,6 +90,7 @@ class Store:
         self._hit_kinds = places.kinds()
         self._redactor = Redactor(plan.unredacted, hit_kinds=self._hit_kinds)
         self._calls = tuple(map(str, plan.options.calls))
+        self._own_tables = own_tables
         self._cgroups = CgroupPaths()
         self._lost: Counter[str] = Counter()
         self._connections = Connections()
@@ -93,7 +99,9 @@ class Store:
         self._earlier = earlier_recordings(plan.path.parent, plan.path) if plan.shares_quota else []
         self._newest_bytes = 0
         self._failed: RecordingError | None = None
-        self._writer = RecordingWriter(plan.path, first_meta(plan, started_ns, notes, places))
+        self._writer = RecordingWriter(
+            plan.path, first_meta(plan, started_ns, notes, places, own_tables)
+        )
         self._next_meta = time.monotonic() + META_SECONDS
 
     def rows(self) -> dict[str, int]:
@@ -147,6 +155,9 @@ class Store:
             frames["interpreters"] = rows_frame("interpreters", batch.interpreters)
         if self._keep != (None, None):
             self._states.follow(frames, batch)
+        for number, own in enumerate(self._own_tables):
+            if runs := [(times, rows) for which, times, rows in batch.own if which == number]:
+                frames[own.name] = own_frame(own, runs)
         if losses := self._loss_rows(batch):
             frames["losses"] = rows_frame("losses", losses)
         self._redactor.redact_all(frames)
@@ -266,16 +277,29 @@ class Store:
         """Rows of losses for a batch, and the counts by table."""
         if batch.lost is None:
             return []
-        rows = []
-        for cpu, kind in zip(*np.nonzero(batch.lost), strict=True):
-            table, count = LOSS_TABLES[records.LossKind(kind)], int(batch.lost[cpu, kind])
+        found = [
+            (int(cpu), LOSS_TABLES[records.LossKind(kind)], int(batch.lost[cpu, kind]))
+            for cpu, kind in zip(*np.nonzero(batch.lost), strict=True)
+        ]
+        if batch.own_lost is not None:
+            found += [
+                (int(cpu), self._own_tables[number].name, int(batch.own_lost[number, cpu]))
+                for number, cpu in zip(*np.nonzero(batch.own_lost), strict=True)
+            ]
+        for _, table, count in found:
             self._lost[table] += count
-            rows.append({"time_ns": batch.since_ns, "cpu": int(cpu), "table": table, "lost": count})
-        return rows
+        return [
+            {"time_ns": batch.since_ns, "cpu": cpu, "table": table, "lost": count}
+            for cpu, table, count in found
+        ]
 
 
 def first_meta(
-    plan: Plan, started_ns: int, notes: tuple[str, ...] = (), places: Places | None = None
+    plan: Plan,
+    started_ns: int,
+    notes: tuple[str, ...] = (),
+    places: Places | None = None,
+    own_tables: tuple[OwnTable, ...] = (),
 ) -> Meta:
     """meta.json as it is when the recording begins."""
     options, offsets = plan.options, host.clock_offsets()
@@ -318,4 +342,14 @@ def first_meta(
         lost_tasks=0,
         recorder=RecorderUse(tgid=os.getpid(), cpu_seconds=0.0, cpu_percent=0.0, peak_rss_bytes=0),
         notes=list(notes),
+        loader=choose_loader(options.loader),
+        own_tables=[
+            meta.OwnTable(
+                name=table.name,
+                source=table.source,
+                output=table.output,
+                columns=[list(column) for column in table.columns],
+            )
+            for table in own_tables
+        ],
     )

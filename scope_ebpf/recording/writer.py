@@ -50,14 +50,15 @@ class RecordingWriter:
         """
         self.path = path
         self.meta = meta
-        self.rows = dict.fromkeys(SCHEMAS, 0)
+        tables = [*SCHEMAS, *(own.name for own in meta.own_tables)]
+        self.rows = dict.fromkeys(tables, 0)
         self.bytes_on_disk = 0
-        self._numbers = dict.fromkeys(SCHEMAS, 0)
+        self._numbers = dict.fromkeys(tables, 0)
         self._dropped_rows = Counter[str]()
         self._dropped_segments = Counter[str]()
         self.chunks = deque([Chunk(meta.started_ns, time.monotonic())])
         # the first segment of a table must not wait for its folder to be made
-        for table in SCHEMAS:
+        for table in tables:
             self._make_folder(path / table)
         self._keep_reserve()
         write_meta(path, meta, durable=True)

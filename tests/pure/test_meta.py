@@ -127,7 +127,11 @@ def test_changed_value_does_not_fit_the_checksum(tmp_path):
         read_meta(tmp_path)
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Meta) if field.default is MISSING])
+@pytest.mark.parametrize(
+    "name",
+    # those with a default are younger than the format
+    [field.name for field in fields(Meta) if field.default is field.default_factory is MISSING],
+)
 def test_missing_fields_are_named(tmp_path, name):
     write_meta(tmp_path, META)
     changed = content(tmp_path)
