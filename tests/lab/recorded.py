@@ -16,19 +16,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import polars as pl
-
-from tests.live.recording import Session, Target, attached, recorder
+from tests.live.recording import Session, Target, recorder
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 WORKLOAD = Path(__file__).with_name("workload.py")
 COMMAND = (sys.executable, "-m", "scope_ebpf")
-ENVIRONMENT = {"PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"}
+ENVIRONMENT = {
+    "PYTHONPATH": str(CHECKOUT),
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "SCOPE_EBPF_TRACEBACK": "1",
+}
 # What both loaders record.
 CORE = ("processes", "syscalls", "messages", "offcpu")
-KERNEL = tuple(int(part) for part in platform.release().split(".")[:2] if part.isdigit())
+KERNEL = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
 # BPF has atomic fetch-and-add since 5.12, commit 5ffa25502b5a
 FIRST_WITH_RINGS = (5, 12)
 
@@ -74,7 +75,8 @@ def has_headers() -> bool:
 def has_bcc() -> bool:
     """Whether the real BCC is installed: the package of that name on PyPI is another one."""
     code = "import bcc; bcc.BPF"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def ways() -> list[Way]:
@@ -112,18 +114,12 @@ def workload(folder: Path, *parts: str) -> Target:
     return Target(sys.executable, WORKLOAD, folder, *parts)
 
 
-def record_workload(
-    folder: Path, way: Way, *parts: str, families: Sequence[str] = ()
-) -> Session:
+def record_workload(folder: Path, way: Way, *parts: str, families: Sequence[str] = ()) -> Session:
     """Record one run of the workload; `note` is what it told."""
     with (
         workload(folder, *parts) as target,
         recording(folder, target, way, families=families) as session,
     ):
         session.note = target.work()
+    assert session.code == 0, "\n".join(session.talk)
     return session
-
-
-def rows(session: Session, table: str, *conditions: Any, **values: Any) -> pl.DataFrame:
-    """Chosen rows of a table."""
-    return session.table(table).filter(*conditions, **values)

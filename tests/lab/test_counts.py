@@ -1,8 +1,8 @@
 """The same workload gives the same rows on every kernel, by every loader and over every transport.
 
-Each way is one recording of tests/lab/workload.py, which knows its numbers. Whatever differs between kernels or
-loaders stands in DIFFERENCES with its reason, and must be seen there: a number that is nowhere in that table is
-expected everywhere.
+Each way is one recording of tests/lab/workload.py, which knows its numbers. Whatever differs between
+kernels or loaders stands in DIFFERENCES with its reason, and must be seen there: a number that is nowhere
+in that table is expected everywhere.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import os
 import platform
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
 import pytest
 
 from tests.lab import workload
-from tests.lab.recorded import CORE, KERNEL, Way, record_workload, rows, ways
+from tests.lab.recorded import CORE, KERNEL, Way, record_workload, ways
 from tests.live.recording import Session
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
@@ -29,8 +28,6 @@ MASK = 2**64 - 1
 ERRNO = {"close": 9, "openat": 2, "dup3": 22}
 # Samples come by the clock: a virtual CPU that waits for the real one has fewer ticks than CPU time.
 SAMPLE_HZ = 99
-# Where each way leaves what it counted, for whoever compares kernels; set by the lab's runner.
-RESULTS = os.environ.get("LAB_RESULTS")
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,8 @@ class Difference:
     def holds(self, way: Way) -> bool:
         """Whether this is the kernel and way."""
         return (
-            (self.since is None or KERNEL >= self.since)
-            and (self.before is None or KERNEL < self.before)
+            (self.since is None or self.since <= KERNEL)
+            and (self.before is None or self.before > KERNEL)
             and (self.loader is None or self.loader == way.loader)
         )
 
@@ -81,7 +78,10 @@ def expected_numbers() -> dict[str, Any]:
         "tcp": [
             {
                 "client": {"send": [n, n * w.ASKED_BYTES], "receive": [n, n * w.ANSWERED_BYTES]},
-                "server": {"send": [n, n * w.ANSWERED_BYTES], "receive": [n + 1, n * w.ASKED_BYTES]},
+                "server": {
+                    "send": [n, n * w.ANSWERED_BYTES],
+                    "receive": [n + 1, n * w.ASKED_BYTES],
+                },
             }
             for n in turns
         ],
@@ -124,6 +124,17 @@ class Recorded:
     way: Way
     session: Session
     expected: Mapping[str, Any]
+    tables: dict[str, pl.DataFrame] = field(default_factory=dict)
+
+    def table(self, name: str) -> pl.DataFrame:
+        """One table, sorted by its first column; read once."""
+        if name not in self.tables:
+            self.tables[name] = self.session.table(name)
+        return self.tables[name]
+
+    def rows(self, table: str, *conditions: Any, **values: Any) -> pl.DataFrame:
+        """Chosen rows of a table."""
+        return self.table(table).filter(*conditions, **values)
 
     @property
     def note(self) -> Any:
@@ -150,7 +161,7 @@ def recorded(request, tmp_path_factory) -> Recorded:
 
 def marked(recorded: Recorded, tag: int) -> pl.DataFrame:
     """The getppid calls with this tag: complete, in order, each once, with all arguments."""
-    found = rows(recorded.session, "syscalls", name="getppid", arg0=tag)
+    found = recorded.rows("syscalls", name="getppid", arg0=tag)
     assert found["arg1"].to_list() == list(range(len(found)))
     assert found["arg2"].to_list() == [~turn & MASK for turn in range(len(found))]
     assert found["status"].unique().to_list() == ["complete"]
@@ -160,9 +171,9 @@ def marked(recorded: Recorded, tag: int) -> pl.DataFrame:
 
 def moved(recorded: Recorded, inode: int) -> dict[str, list[int]]:
     """How many messages the end with this inode had, and of how many bytes, by direction."""
-    ends = rows(recorded.session, "connections", inode=inode)
+    ends = recorded.rows("connections", inode=inode)
     assert len(ends) == 1
-    found = rows(recorded.session, "messages", connection=ends["connection"][0])
+    found = recorded.rows("messages", connection=ends["connection"][0])
     counted = found.group_by("direction").agg(pl.len(), pl.col("length_bytes").sum().alias("bytes"))
     return {row["direction"]: [row["len"], row["bytes"]] for row in counted.to_dicts()}
 
@@ -180,7 +191,7 @@ def both_ends(recorded: Recorded, ends: list[Any]) -> dict[str, dict[str, list[i
 
 
 def test_nothing_is_lost(recorded):
-    assert recorded.session.table("losses").is_empty()
+    assert recorded.table("losses").is_empty()
     assert recorded.session.recording.meta.complete
 
 
@@ -199,8 +210,7 @@ def test_system_calls(recorded):
     assert main["result"].unique().to_list() == [os.getpid()]
     for name, (_, error) in workload.FAILING.items():
         first = 0 if name == "dup3" else workload.FIRST_FD
-        found = rows(
-            recorded.session,
+        found = recorded.rows(
             "syscalls",
             pl.col("arg0").is_between(first, first + 10_000),
             name=name,
@@ -209,14 +219,14 @@ def test_system_calls(recorded):
         assert found["arg0"].to_list() == [first + turn for turn in range(expected[name])]
         assert found["result"].unique().to_list() == [-ERRNO[name]]
         assert found["tgid"].unique().to_list() == [recorded.note["pid"]]
-    unknown = rows(recorded.session, "syscalls", name=f"syscall_{workload.NO_SUCH_CALL}")
+    unknown = recorded.rows("syscalls", name=f"syscall_{workload.NO_SUCH_CALL}")
     assert unknown["arg0"].to_list() == list(range(expected["unknown"]))
     assert unknown["error"].unique().to_list() == ["ENOSYS"]
 
 
 def test_calls_take_turns(recorded):
     """No call of a thread begins before the one before it has ended."""
-    for _, own in recorded.session.table("syscalls").sort("start_ns").group_by("tid"):
+    for _, own in recorded.table("syscalls").sort("start_ns").group_by("tid"):
         begun = own.filter(pl.col("status").is_in(["complete", "began_before"]))
         ended = begun["start_ns"] + begun["duration_ns"]
         assert (begun["start_ns"][1:] >= ended[:-1]).all()
@@ -228,7 +238,7 @@ def test_threads(recorded):
     assert [len(calls) for calls in counted] == recorded.expected["threads"]
     assert [calls["tid"][0] for calls in counted] == tids
     assert {calls["tgid"][0] for calls in counted} == {recorded.note["pid"]}
-    lives = rows(recorded.session, "processes", pl.col("tid").is_in(tids))
+    lives = recorded.rows("processes", pl.col("tid").is_in(tids))
     # a tid may be given again to a later thread; here none is, so soon
     assert sorted(lives["event"]) == sorted(["thread", "thread_exit"] * workload.THREADS)
 
@@ -238,27 +248,27 @@ def test_children(recorded):
     counted = [marked(recorded, workload.CHILD_TAG + n) for n in range(workload.CHILDREN)]
     assert [len(calls) for calls in counted] == recorded.expected["children"]
     assert [calls["tgid"][0] for calls in counted] == pids
-    exits = rows(recorded.session, "processes", pl.col("tgid").is_in(pids), event="exit")
+    exits = recorded.rows("processes", pl.col("tgid").is_in(pids), event="exit")
     assert exits["tgid"].to_list() == pids
     assert exits["exit_code"].to_list() == recorded.expected["child_exits"]
-    killed = rows(recorded.session, "processes", tgid=recorded.note["forks"]["killed"], event="exit")
+    killed = recorded.rows("processes", tgid=recorded.note["forks"]["killed"], event="exit")
     assert killed.select("exit_code", "signal").rows() == [(None, int(signal.SIGKILL))]
 
 
 def test_forks_and_execs(recorded):
     pid, note = recorded.note["pid"], recorded.note["execs"]
-    forks = rows(recorded.session, "processes", event="fork")
+    forks = recorded.rows("processes", event="fork")
     assert len(forks) == recorded.expected["forks"]
     assert forks["parent_tgid"].unique().to_list() == [pid]
-    execs = rows(recorded.session, "processes", event="exec")
+    execs = recorded.rows("processes", event="exec")
     assert execs["tgid"].to_list() == note["pids"]
     assert execs["command_line"].to_list() == recorded.expected["execs"]
-    calls = rows(recorded.session, "syscalls", name="execve")
+    calls = recorded.rows("syscalls", name="execve")
     assert calls.select("tgid", "error").rows() == [
         *((child, None) for child in note["pids"]),
         (note["failed"], "ENOENT"),
     ]
-    failed = rows(recorded.session, "processes", tgid=note["failed"], event="exit")
+    failed = recorded.rows("processes", tgid=note["failed"], event="exit")
     assert failed["exit_code"].to_list() == [workload.FAILED_EXEC_CODE]
 
 
@@ -267,7 +277,7 @@ def test_tcp(recorded):
     assert [both_ends(recorded, told["ends"]) for told in connections] == recorded.expected["tcp"]
     for told in connections:
         client, server = told["ends"]
-        found = rows(recorded.session, "connections", inode=client["inode"])
+        found = recorded.rows("connections", inode=client["inode"])
         assert found.select("kind", "local_address", "local_port", "remote_port").rows() == [
             ("tcp", "127.0.0.1", client["port"], server["port"])
         ]
@@ -278,10 +288,9 @@ def test_tcp(recorded):
 def pair_ends(recorded: Recorded, client: int, server: int) -> pl.DataFrame:
     """Each send of one end with the receive of the same bytes at the other; every send must have one."""
     numbers = [
-        rows(recorded.session, "connections", inode=inode)["connection"][0]
-        for inode in (client, server)
+        recorded.rows("connections", inode=inode)["connection"][0] for inode in (client, server)
     ]
-    own = rows(recorded.session, "messages", pl.col("connection").is_in(numbers))
+    own = recorded.rows("messages", pl.col("connection").is_in(numbers))
     sends = own.filter(direction="send")
     receives = own.filter(pl.col("length_bytes") > 0, direction="receive")
     joined = sends.join(receives, on=["stream", "stream_end", "length_bytes"], how="full")
@@ -294,7 +303,7 @@ def test_unix(recorded):
     note = recorded.note["unix"]
     assert both_ends(recorded, note["ends"]) == recorded.expected["unix"]
     client, server = (end["inode"] for end in note["ends"])
-    found = rows(recorded.session, "connections", inode=client)
+    found = recorded.rows("connections", inode=client)
     assert found.select("kind", "local_path", "remote_path", "peer_inode").rows() == [
         ("unix", None, note["path"], server)
     ]
@@ -325,33 +334,33 @@ def test_pipes(recorded):
 
 def of_pipe(recorded: Recorded, inode: int) -> pl.DataFrame:
     """The messages of a pipe."""
-    found = rows(recorded.session, "connections", inode=inode)
+    found = recorded.rows("connections", inode=inode)
     assert found["kind"].to_list() == ["pipe"]
-    return rows(recorded.session, "messages", connection=found["connection"][0])
+    return recorded.rows("messages", connection=found["connection"][0])
 
 
 def test_connects(recorded):
     note, expected = recorded.note["connects"], recorded.expected
-    refused = rows(recorded.session, "connects", remote_port=note["port"], kind="tcp")
+    refused = recorded.rows("connects", remote_port=note["port"], kind="tcp")
     assert refused["error"].to_list() == ["ECONNREFUSED"] * expected["refused"]
     assert refused["remote_address"].unique().to_list() == ["127.0.0.1"]
-    missing = rows(recorded.session, "connects", remote_path=note["path"])
+    missing = recorded.rows("connects", remote_path=note["path"])
     assert missing["error"].to_list() == ["ENOENT"] * expected["no_socket"]
     servers = {told["ends"][1]["port"] for told in recorded.note["tcp"]["connections"]}
-    made = rows(recorded.session, "connects", pl.col("remote_port").is_in(list(servers)))
+    made = recorded.rows("connects", pl.col("remote_port").is_in(list(servers)))
     assert made["error"].to_list() == [None] * expected["connected"]
-    calls = rows(recorded.session, "syscalls", name="connect")
-    assert calls["start_ns"].to_list() == recorded.session.table("connects")["start_ns"].to_list()
+    calls = recorded.rows("syscalls", name="connect")
+    assert calls["start_ns"].to_list() == recorded.table("connects")["start_ns"].to_list()
 
 
 def asleep(recorded: Recorded, tid: int, name: str) -> pl.DataFrame:
     """The intervals in which a thread waited in calls of that name."""
-    return rows(recorded.session, "offcpu", tid=tid, name=name, state="S")
+    return recorded.rows("offcpu", tid=tid, name=name, state="S")
 
 
 def test_sleeps(recorded):
     tid = recorded.note["waits"]["sleeper"]
-    calls = rows(recorded.session, "syscalls", tid=tid, name="clock_nanosleep")
+    calls = recorded.rows("syscalls", tid=tid, name="clock_nanosleep")
     intervals = asleep(recorded, tid, "clock_nanosleep")
     assert len(calls) == len(intervals) == recorded.expected["sleeps"]
     assert intervals["syscall_start_ns"].to_list() == calls["start_ns"].to_list()
@@ -365,7 +374,7 @@ def test_sleeps(recorded):
 
 def test_timeouts(recorded):
     note = recorded.note["waits"]
-    calls = rows(recorded.session, "syscalls", name="futex", arg0=note["word"])
+    calls = recorded.rows("syscalls", name="futex", arg0=note["word"])
     assert calls["error"].to_list() == ["ETIMEDOUT"] * recorded.expected["timeouts"]
     assert calls["tid"].unique().to_list() == [note["waiter"]]
     intervals = asleep(recorded, note["waiter"], "futex").filter(
@@ -392,12 +401,12 @@ def test_locks(recorded):
 
 def test_what_is_off_the_cpu_is_not_on_it(recorded):
     """No thread is away twice at a time, and each interval in a call lies in that call."""
-    table = recorded.session.table("offcpu")
+    table = recorded.table("offcpu")
     for _, own in table.sort("start_ns").group_by("tid"):
         ended = own["start_ns"] + own["duration_ns"]
         assert (own["start_ns"][1:] >= ended[:-1]).all()
     inside = table.filter(pl.col("syscall_start_ns").is_not_null())
-    calls = recorded.session.table("syscalls").select("tid", "start_ns", "duration_ns", "status")
+    calls = recorded.table("syscalls").select("tid", "start_ns", "duration_ns", "status")
     joined = inside.join(
         calls, left_on=["tid", "syscall_start_ns"], right_on=["tid", "start_ns"], how="left"
     )
@@ -419,13 +428,13 @@ def test_python(recorded):
     counted = [marked(recorded, workload.TASK_TAG + number) for number in range(workload.TASKS)]
     assert [len(calls) for calls in counted] == recorded.expected["tasks"]
     contexts = [calls["context"].unique().to_list() for calls in counted]
-    assert all(len(own) == 1 and own[0] for own in contexts)
+    told = recorded.table("interpreters").select("version", "contexts", "reason").rows()
+    assert all(len(own) == 1 and own[0] for own in contexts), (contexts, told)
     assert len({own[0] for own in contexts}) == workload.TASKS
-    version = recorded.session.table("interpreters")["version"].unique().to_list()
+    version = recorded.table("interpreters")["version"].unique().to_list()
     assert version == [platform.python_version()]
     begin, end = (marked(recorded, workload.BUSY_TAG + n)["start_ns"][0] for n in (0, 1))
-    ticks = rows(
-        recorded.session,
+    ticks = recorded.rows(
         "samples",
         pl.col("time_ns").is_between(begin, end),
         tid=recorded.note["pid"],
@@ -439,13 +448,13 @@ def test_python(recorded):
 
 def innermost(recorded: Recorded, stack: int) -> str:
     """The name of a stack's innermost function."""
-    code = rows(recorded.session, "stacks", stack=stack)["codes"][0][0]
-    return str(rows(recorded.session, "codes", code=code)["name"][-1])
+    code = recorded.rows("stacks", stack=stack)["codes"][0][0]
+    return str(recorded.rows("codes", code=code)["name"][-1])
 
 
-def test_what_every_kernel_must_agree_on(recorded):
+def test_what_every_kernel_must_agree_on(recorded, results):
     """A histogram of the calls that the workload makes itself; left for comparing kernels with each other."""
-    own = rows(recorded.session, "syscalls", status="complete")
+    own = recorded.rows("syscalls", status="complete")
     # Python waits and allocates as it likes
     free = ("futex", "mmap", "munmap", "mprotect", "madvise", "brk", "clock_gettime", "getrandom")
     counted = own.filter(~pl.col("name").is_in(free)).group_by("name").len().sort("name")
@@ -453,7 +462,5 @@ def test_what_every_kernel_must_agree_on(recorded):
     assert histogram["clone"] == recorded.expected["forks"]
     assert histogram["wait4"] == recorded.expected["forks"]
     assert histogram["kill"] == 1
-    if RESULTS:
-        told = {"kernel": platform.release(), "way": str(recorded.way), "calls": histogram}
-        name = f"counts-{recorded.way}.json"
-        Path(RESULTS, name).write_text(json.dumps(told, indent=1))
+    told = {"kernel": platform.release(), "way": str(recorded.way), "calls": histogram}
+    (results / f"counts-{recorded.way}.json").write_text(json.dumps(told, indent=1))

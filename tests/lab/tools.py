@@ -1,4 +1,4 @@
-"""Tracers that others wrote, at work beside ours: started, waited for, ended, and what they print as numbers."""
+"""Tracers that others wrote, at work beside ours: started, waited for, ended, and read as numbers."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ class NotOffered:
 
     def holds(self) -> bool:
         """Whether this is such a kernel."""
-        return (self.since is None or KERNEL >= self.since) and (
-            self.before is None or KERNEL < self.before
+        return (self.since is None or self.since <= KERNEL) and (
+            self.before is None or self.before > KERNEL
         )
 
 
@@ -133,7 +133,8 @@ class Tool:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=os.environ | {"PYTHONUNBUFFERED": "1", "__BPFTRACE_NOTIFY_PROBES_ATTACHED": "1"},
+                env=os.environ
+                | {"PYTHONUNBUFFERED": "1", "__BPFTRACE_NOTIFY_PROBES_ATTACHED": "1"},
             )
 
     def __enter__(self) -> Tool:
@@ -166,7 +167,9 @@ class Tool:
         while not re.search(self.kind.ready, self.said):
             if self.process.poll() is not None:
                 return False
-            assert time.monotonic() < deadline, f"{self.kind} did not get ready: {self.said[-2000:]}"
+            assert time.monotonic() < deadline, (
+                f"{self.kind} did not get ready: {self.said[-2000:]}"
+            )
             time.sleep(0.02)
         return True
 
