@@ -27,6 +27,8 @@ ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",
     "SCOPE_EBPF_TRACEBACK": "1",
 }
+# A compile of BCC on an emulated CPU that is shared takes that long.
+ATTACH_SECONDS = 120.0
 # What both loaders record.
 CORE = ("processes", "syscalls", "messages", "offcpu")
 KERNEL = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
@@ -104,7 +106,9 @@ def recording(
         families = CORE
     chosen = ["--families", ",".join(families)] if families else []
     arguments = ["attach", "--pid", target.pid, "-o", path, *way.options, *chosen, *options]
-    with recorder(path, *COMMAND, *arguments, environment=ENVIRONMENT) as session:
+    with recorder(
+        path, *COMMAND, *arguments, environment=ENVIRONMENT, attach_seconds=ATTACH_SECONDS
+    ) as session:
         session.target = target.pid
         yield session
 

@@ -96,9 +96,12 @@ def run_beside(folder: Path, *kinds: Kind) -> Compared:
     with ExitStack() as stack:
         target = stack.enter_context(waiting_workload(folder))
         offered = [kind for kind in kinds if not_offered(kind) is None]
-        tools = [stack.enter_context(Tool(kind, target.pid, folder)) for kind in offered]
-        for tool in tools:
-            assert tool.is_ready(), f"{tool.kind} does not work here: {tool.said[-4000:]}"
+        tools = []
+        for kind in offered:
+            # one after the other: several compilers at once take more memory than the guest has
+            tools.append(stack.enter_context(Tool(kind, target.pid, folder)))
+            ready = tools[-1].is_ready()
+            assert ready, f"{kind} does not work here: {tools[-1].said[-4000:]}"
         # Without uprobes: those make calls of the kernel's own (uprobe, uretprobe), at whose
         # numbers strace 6.1 crashes when it prints its summary.
         session = stack.enter_context(recording(folder, target, way, families=CORE))

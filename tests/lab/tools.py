@@ -110,7 +110,15 @@ class NotOffered:
 
 
 # Of the versions in Debian bookworm: BCC 0.26, bpftrace 0.17, strace 6.1.
-NOT_OFFERED: tuple[NotOffered, ...] = ()
+NOT_OFFERED: tuple[NotOffered, ...] = (
+    NotOffered(
+        "tcplife-bpfcc",
+        "incomplete type 'struct bpf_rb_root'",
+        "BCC 0.26 brings a linux/bpf.h of its own, from before Linux 6.3, which lacks structs that the"
+        " kernel's headers of sockets need",
+        since=(6, 3),
+    ),
+)
 
 
 def not_offered(kind: Kind) -> NotOffered | None:
@@ -229,7 +237,7 @@ def tcplife_rows(said: str) -> list[Life]:
         said,
         re.MULTILINE,
     )
-    return [Life(*map(int, row[:5]), float(row[5])) for row in found]
+    return [Life(*map(int, numbers), span_ms=float(span)) for *numbers, span in found]
 
 
 def offcputime_totals(said: str) -> dict[int, int]:
