@@ -1,18 +1,21 @@
 """Tracers that others wrote see the same: the same workload at the same time, counted by both.
 
-One run beside strace, which stops the process at each call, and one beside all tracers that use BPF. The
-target waits at its gate until all of them are at work, so each sees the same calls. Where they rightly count
-otherwise, the test says so by name; everything else must be equal, also what is not deterministic, such as
-futex.
+One run beside strace, which stops the process at each call, one beside bpftrace, and one beside the tools of
+BCC (`-k 'not bcc and not bpfcc'` leaves out what compiles). The target waits at its gate until they are at
+work, so each sees the same calls. Where they rightly count otherwise, the test says so by name; everything
+else must be equal, also what is not deterministic, such as futex.
 
 Times cannot be equal: each tracer looks at the clock at another place of the same path, and the programs of
-the others run in between. SLACK_NS is what that may be for one event, on an emulated CPU that is shared.
+the others run in between. SLACK_NS is what that may be for one event. An emulated CPU also stops altogether
+while its host does something else; where that falls between two tracers' looks at the clock, one sum has
+the whole pause and the other has not. So a few sums may differ by more, but not all of them together.
 """
 
 from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,6 +55,9 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(400)]
 # For one event, of what two tracers measure between the same two moments; and in proportion.
 SLACK_NS = 250_000
 SLACK_PART = 0.05
+# Sums that may be further apart, of all; and all together.
+FAR_PART = 0.3
+ALL_PART = 0.15
 
 
 @dataclass(frozen=True)
@@ -119,10 +125,16 @@ def beside_strace(tmp_path_factory) -> Compared:
 
 
 @pytest.fixture(scope="module")
-def beside_bpf(tmp_path_factory) -> Compared:
-    """All others at once: they do not disturb each other's numbers."""
-    kinds = [kind for kind in KINDS if kind is not STRACE]
-    return run_beside(tmp_path_factory.mktemp("bpf"), *kinds)
+def beside_bpftrace(tmp_path_factory) -> Compared:
+    """What bpftrace needs of the kernel is what ours needs: its types."""
+    return run_beside(tmp_path_factory.mktemp("bpftrace"), BPFTRACE_COUNTS)
+
+
+@pytest.fixture(scope="module")
+def beside_bcc(tmp_path_factory) -> Compared:
+    """The tools of BCC at once: they do not disturb each other's numbers."""
+    kinds = (SYSCOUNT, EXECSNOOP, TCPLIFE, OFFCPUTIME)
+    return run_beside(tmp_path_factory.mktemp("bcc"), *kinds)
 
 
 def name_of(number: int) -> str:
@@ -133,6 +145,16 @@ def name_of(number: int) -> str:
 def close(ours_ns: float, theirs_ns: float, events: int) -> bool:
     """Whether two sums over so many events are the same within the error of the clocks."""
     return abs(ours_ns - theirs_ns) <= events * SLACK_NS + SLACK_PART * max(ours_ns, theirs_ns)
+
+
+def assert_same_times(sums: Mapping[Any, tuple[float, float, int]]) -> None:
+    """That sums by some key (ours, theirs, events) are the same but for pauses of the whole machine."""
+    assert sums
+    far = {key: row for key, row in sums.items() if not close(*row)}
+    assert len(far) <= FAR_PART * len(sums), far
+    ours, theirs, events = (sum(column) for column in zip(*sums.values(), strict=True))
+    apart = abs(ours - theirs)
+    assert apart <= events * SLACK_NS + ALL_PART * max(ours, theirs), (ours, theirs, events, far)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -175,33 +197,33 @@ def differing(ours: dict[Any, Any], theirs: dict[Any, Any]) -> dict[Any, tuple[A
     }
 
 
-def test_bpftrace_counts(beside_bpf):
+def test_bpftrace_counts(beside_bpftrace):
     """Calls by number, of all processes together: those whose begin and end bpftrace saw.
 
     Its count of ends alone has each clone and clone3 twice: the child returns from it, too.
     """
-    said = beside_bpf.of(BPFTRACE_COUNTS)
+    said = beside_bpftrace.of(BPFTRACE_COUNTS)
     # the read at the gate began before either
-    ours = beside_bpf.by("number", status="complete")
+    ours = beside_bpftrace.by("number", status="complete")
     assert differing(ours, bpftrace_map(said, "timed")) == {}
     ends = bpftrace_map(said, "calls")
     born = {
         number: count for number, count in ours.items() if name_of(number) in ("clone", "clone3")
     }
     assert sum(born.values()) == len(
-        beside_bpf.session.table("processes").filter(pl.col("event").is_in(["fork", "thread"]))
+        beside_bpftrace.session.table("processes").filter(pl.col("event").is_in(["fork", "thread"]))
     )
-    both = beside_bpf.by("number")
+    both = beside_bpftrace.by("number")
     assert differing({number: n + born.get(number, 0) for number, n in both.items()}, ends) == {}
 
 
-def test_syscount_counts(beside_bpf):
+def test_bcc_syscount_counts(beside_bcc):
     """Calls of the first process by name; it has no option to follow forks.
 
     With latencies it leaves out what began before, as the read at the gate.
     """
-    theirs = {name: count for name, (count, _) in syscounted(beside_bpf).items()}
-    ours = beside_bpf.by("name", tgid=beside_bpf.note["pid"], status="complete")
+    theirs = {name: count for name, (count, _) in syscounted(beside_bcc).items()}
+    ours = beside_bcc.by("name", tgid=beside_bcc.note["pid"], status="complete")
     assert differing(ours, theirs) == {}
 
 
@@ -214,13 +236,13 @@ def syscounted(compared: Compared) -> dict[str, tuple[int, float]]:
     }
 
 
-def test_execsnoop(beside_bpf):
+def test_bcc_execsnoop(beside_bcc):
     """Every exec of a child with its parent, arguments and result, also the one that failed."""
-    pid, note = beside_bpf.note["pid"], beside_bpf.note["execs"]
-    theirs = execsnoop_rows(beside_bpf.of(EXECSNOOP))
-    lines = beside_bpf.session.table("processes").filter(event="exec")
+    pid, note = beside_bcc.note["pid"], beside_bcc.note["execs"]
+    theirs = execsnoop_rows(beside_bcc.of(EXECSNOOP))
+    lines = beside_bcc.session.table("processes").filter(event="exec")
     commands = dict(lines.select("tgid", "command_line").iter_rows())
-    calls = beside_bpf.session.table("syscalls").filter(name="execve")
+    calls = beside_bcc.session.table("syscalls").filter(name="execve")
     ours = [(tgid, result) for tgid, result in calls.select("tgid", "result").iter_rows()]
     assert [(child, result) for child, _, result, _ in theirs] == ours
     assert {parent for _, parent, _, _ in theirs} == {pid}
@@ -228,12 +250,12 @@ def test_execsnoop(beside_bpf):
     assert [child for child, _, result, _ in theirs if result] == [note["failed"]]
 
 
-def test_tcplife(beside_bpf):
+def test_bcc_tcplife(beside_bcc):
     """Each end of each connection: its ports, and the bytes that went either way, in whole KiB."""
     theirs = {
-        (row.local_port, row.remote_port): row for row in tcplife_rows(beside_bpf.of(TCPLIFE))
+        (row.local_port, row.remote_port): row for row in tcplife_rows(beside_bcc.of(TCPLIFE))
     }
-    messages = beside_bpf.session.table("messages").filter(kind="tcp")
+    messages = beside_bcc.session.table("messages").filter(kind="tcp")
     ends = messages.group_by("local_port", "remote_port").agg(
         pl.col("length_bytes").filter(pl.col("direction") == "send").sum().alias("sent"),
         pl.col("length_bytes").filter(pl.col("direction") == "receive").sum().alias("received"),
@@ -242,7 +264,7 @@ def test_tcplife(beside_bpf):
     )
     assert len(ends) == 2 * workload.CONNECTIONS
     ours = {(row["local_port"], row["remote_port"]): row for row in ends.to_dicts()}
-    refused = (beside_bpf.note["connects"]["port"],)
+    refused = (beside_bcc.note["connects"]["port"],)
     made = {ports: row for ports, row in theirs.items() if ports[1] not in refused}
     assert made.keys() == ours.keys()
     for ports, row in made.items():
@@ -255,27 +277,29 @@ def test_tcplife(beside_bpf):
 # ---- times ----
 
 
-def test_bpftrace_times(beside_bpf):
+def test_bpftrace_times(beside_bpftrace):
     """The time in calls, by number; and how long threads ran, as the scheduler counts it."""
-    said = beside_bpf.of(BPFTRACE_COUNTS)
+    said = beside_bpftrace.of(BPFTRACE_COUNTS)
     theirs, counts = bpftrace_map(said, "took"), bpftrace_map(said, "timed")
-    ours = beside_bpf.times("number")
+    ours = beside_bpftrace.times("number")
     assert ours.keys() == theirs.keys()
-    far = {
-        name_of(number): (ours[number], theirs[number], counts[number])
-        for number in ours
-        if not close(ours[number], theirs[number], counts[number])
-    }
-    assert far == {}
+    assert_same_times(
+        {name_of(number): (ours[number], theirs[number], counts[number]) for number in ours}
+    )
 
 
-def test_bpftrace_run_time(beside_bpf):
+def test_bpftrace_run_time(beside_bpftrace):
     """What is left of a thread's time without its off-CPU intervals is what the scheduler let it run."""
-    ran = bpftrace_map(beside_bpf.of(BPFTRACE_COUNTS), "ran")
-    processes = beside_bpf.session.table("processes")
-    offcpu = beside_bpf.session.table("offcpu")
-    waits = beside_bpf.note["waits"]
-    for tid in (beside_bpf.note["pid"], waits["sleeper"], *beside_bpf.note["forks"]["pids"]):
+    ran = bpftrace_map(beside_bpftrace.of(BPFTRACE_COUNTS), "ran")
+    processes = beside_bpftrace.session.table("processes")
+    offcpu = beside_bpftrace.session.table("offcpu")
+    waits = beside_bpftrace.note["waits"]
+    sums = {}
+    for tid in (
+        beside_bpftrace.note["pid"],
+        waits["sleeper"],
+        *beside_bpftrace.note["forks"]["pids"],
+    ):
         away = offcpu.filter(tid=tid)
         ended = processes.filter(pl.col("event").is_in(["exit", "thread_exit"]), tid=tid)
         # the first thread stood at its gate when it was met; others begin with their birth
@@ -286,39 +310,36 @@ def test_bpftrace_run_time(beside_bpf):
         began, end = (first or born)[0], ended["time_ns"][0]
         ours = end - began - away.filter(pl.col("start_ns") < end)["duration_ns"].sum()
         # a new thread waits for its first turn, and one that ends has work to do after its last event
-        events = len(away) + 20
-        assert close(ours, ran[tid], events), (tid, ours, ran[tid], events)
+        sums[tid] = (ours, ran[tid], len(away) + 20)
+    assert_same_times(sums)
 
 
-def test_syscount_times(beside_bpf):
+def test_bcc_syscount_times(beside_bcc):
     """The time in calls of the first process, by name."""
-    theirs = syscounted(beside_bpf)
-    ours = beside_bpf.times("name", tgid=beside_bpf.note["pid"])
-    far = {
-        name: (ours[name], total_us * 1000, count)
-        for name, (count, total_us) in theirs.items()
-        if not close(ours[name], total_us * 1000, count)
-    }
-    assert far == {}
+    theirs = syscounted(beside_bcc)
+    ours = beside_bcc.times("name", tgid=beside_bcc.note["pid"])
+    assert_same_times(
+        {name: (ours[name], total * 1000, count) for name, (count, total) in theirs.items()}
+    )
 
 
-def test_offcputime(beside_bpf):
+def test_bcc_offcputime(beside_bcc):
     """The time off the CPU by thread, of the intervals that both saw from begin to end."""
-    theirs = offcputime_totals(beside_bpf.of(OFFCPUTIME))
-    offcpu = beside_bpf.session.table("offcpu")
-    whole = offcpu.filter(status="complete", tgid=beside_bpf.note["pid"])
+    theirs = offcputime_totals(beside_bcc.of(OFFCPUTIME))
+    offcpu = beside_bcc.session.table("offcpu")
+    whole = offcpu.filter(status="complete", tgid=beside_bcc.note["pid"])
     grouped = whole.group_by("tid").agg(pl.len(), pl.col("duration_ns").sum().alias("ns"))
     ours = {row["tid"]: (row["len"], row["ns"]) for row in grouped.to_dicts()}
-    waits = beside_bpf.note["waits"]
-    sure = {beside_bpf.note["pid"], waits["sleeper"], waits["waiter"]}
+    waits = beside_bcc.note["waits"]
+    sure = {beside_bcc.note["pid"], waits["sleeper"], waits["waiter"]}
     sure |= {lock["tid"] for lock in waits["locks"]}
     assert sure <= ours.keys() & theirs.keys()
-    far = {
-        tid: (ours.get(tid), total_us * 1000)
-        for tid, total_us in theirs.items()
-        if not close(ours.get(tid, (0, 0))[1], total_us * 1000, ours.get(tid, (1, 0))[0])
-    }
-    assert far == {}
+    assert_same_times(
+        {
+            tid: (ours.get(tid, (0, 0))[1], theirs.get(tid, 0) * 1000, ours.get(tid, (1, 0))[0])
+            for tid in ours.keys() | theirs.keys()
+        }
+    )
     # the sleeper's own, with the tightest bound: nothing but its sleeps
     count, ns = ours[waits["sleeper"]]
     assert ns >= sum(workload.SLEEPS) - count * SLACK_NS

@@ -113,7 +113,7 @@ def test_kills(target, way, results):
     assert sum(stages.values()) == KILLS
     # enough of them to have met each moment that lasts
     if KILLS >= 50:
-        assert stages["starting"] and stages["loaded"] and stages["drained"], stages
+        assert stages["starting"] and stages["drained"], stages
     note = {"kills": KILLS, "seed": SEED, **told}
     (results / f"harm-kills-{way}.json").write_text(json.dumps(note))
 

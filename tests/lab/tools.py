@@ -237,7 +237,10 @@ def tcplife_rows(said: str) -> list[Life]:
         said,
         re.MULTILINE,
     )
-    return [Life(*map(int, numbers), span_ms=float(span)) for *numbers, span in found]
+    return [
+        Life(int(pid), int(local), int(remote), int(sent), int(received), float(span))
+        for pid, local, remote, sent, received, span in found
+    ]
 
 
 def offcputime_totals(said: str) -> dict[int, int]:
