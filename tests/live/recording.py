@@ -170,7 +170,11 @@ def scope_ebpf_command(
 
 @contextmanager
 def recorder(
-    path: Path, *arguments: object, environment: Mapping[str, str] | None = None, **options: Any
+    path: Path,
+    *arguments: object,
+    environment: Mapping[str, str] | None = None,
+    attach_seconds: float = ATTACH_SECONDS,
+    **options: Any,
 ) -> Iterator[Session]:
     """Run a program that records to `path`; go on when it says that the probes are at work.
 
@@ -187,7 +191,7 @@ def recorder(
         **options,
     )
     session = Session(process, path)
-    stuck = threading.Timer(ATTACH_SECONDS, process.kill)
+    stuck = threading.Timer(attach_seconds, process.kill)
     stuck.start()
     try:
         assert process.stderr is not None
