@@ -145,6 +145,10 @@ lab: build lab-image-if-root ## run tests in a guest (KERNEL=6.1, TESTS='tests/l
 lab-all: build lab-image-if-root ## run tests on every kernel of the lab; prints what works on which
 	@$(LAB) all $(LAB_OPTIONS) $(TESTS)
 
+.PHONY: lab-runner
+lab-runner: build lab-image-if-root | $(PYTHON) ## test the runner itself: panics, hangs, two guests at once
+	@$(AS_OWNER) $(PYTHON) -m pytest -p no:cacheprovider -m runner tests/runner
+
 .PHONY: lab-image-if-root
 lab-image-if-root:
 	@[ "$$(id -u)" -ne 0 ] || python3 vagrant/lab.py image
@@ -200,7 +204,7 @@ test: ## every test but those of the lab (as root; a live test that could run mu
 			'run sudo make test, or make check for the others' >&2; exit 1; }
 	@$(MAKE) setup
 	@$(SETUP) --test
-	@SCOPE_EBPF_REQUIRE_LIVE=1 $(PYTHON) -m pytest -p no:cacheprovider -m 'not lab'
+	@SCOPE_EBPF_REQUIRE_LIVE=1 $(PYTHON) -m pytest -p no:cacheprovider -m 'not (lab or runner)'
 
 .PHONY: bench
 bench: setup ## measure costs against perf, bpftrace and strace (as root)
