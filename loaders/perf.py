@@ -1,4 +1,4 @@
-"""perf_event_open(2): the sampling clock of a CPU, breakpoints on data of a thread, output of BPF programs."""
+"""perf_event_open(2): the sampling clock of a CPU, breakpoints on data of a thread, output of programs."""
 
 import ctypes as c
 import errno
