@@ -92,10 +92,9 @@ class PerfRing:
         self._drained[0] = int(self._drained[0]) + len(records)
         if not len(records):
             return None
-        low = np.uint32(records["sequence"][0]) - np.uint32(1)
-        first = self._next + int((low - np.uint32(self._next & 0xFFFFFFFF)).astype(np.int32))
-        last = records["sequence"][-1] - records["sequence"][0]
-        self._next = first + int(last.astype(np.int32)) + 1
+        begin, end = records["sequence"][[0, -1]].tolist()
+        first = self._next + _distance(self._next + 1, begin)
+        self._next = first + _distance(begin, end) + 1
         return first, records
 
     def _copy(self, tail: int, length: int) -> NDArray[np.uint8]:
@@ -157,6 +156,11 @@ class PerfRing:
         """Keep the loads and stores before and after apart: see SlotRing."""
         with self._fence:
             pass
+
+
+def _distance(begin: int, end: int) -> int:
+    """From one sequence to another, of which only 32 bits are known."""
+    return (end - begin + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 class PerfMemory:

@@ -410,6 +410,7 @@ GLOBAL int write_part(struct cpu_state *cpu, struct walk *walk, __u32 number)
 GLOBAL int tell_stack(struct cpu_state *cpu, struct walk *walk, struct interpreter *python)
 {
 	__u32 number, told = tellings;
+	__u64 hash;
 
 	if (!cpu || !walk || !python)
 		return 0;
@@ -419,7 +420,9 @@ GLOBAL int tell_stack(struct cpu_state *cpu, struct walk *walk, struct interpret
 	for (number = 0; number < STACK_PARTS && number * STACK_PART_FRAMES < walk->taken; number++)
 		if (!write_part(cpu, walk, number))
 			goto lost;
-	bpf_map_update_elem(&stacks_told, &walk->hash, &told, BPF_ANY);
+	/* a copy: before 6.2 what a global function was given is no key of a map */
+	hash = walk->hash;
+	bpf_map_update_elem(&stacks_told, &hash, &told, BPF_ANY);
 	return 1;
 lost:
 	count_loss(cpu, LOSS_STACKS);

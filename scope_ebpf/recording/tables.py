@@ -25,7 +25,7 @@ from scope_ebpf.recording.schema import SCHEMAS, frame
 from scope_ebpf.records import ProcessEvent, RecordFlags, RecordKind, RecordLimits
 
 # An index so far behind the newest one may still come: see probes/perf.h.
-INTERRUPTED = 1024
+INTERRUPTED = 128
 
 Records = NDArray[np.void]
 Run = tuple[int, int, Records]  # cpu, index of the first slot in that CPU's ring, slots
@@ -45,11 +45,11 @@ def join_runs(runs: Iterable[Run]) -> tuple[NDArray[np.uint16], NDArray[np.uint6
     cpus = np.concatenate([np.full(len(slots), cpu, np.uint16) for cpu, _, slots in chosen])
     indices = np.concatenate(
         [
-            (first + (slots["sequence"] - slots["sequence"][0]).astype(np.int32)).astype(np.uint64)
+            (slots["sequence"] - slots["sequence"][0]).astype(np.int32).astype(np.int64) + first
             for _, first, slots in chosen
         ]
     )
-    return cpus, indices, np.concatenate([slots for _, _, slots in chosen])
+    return cpus, indices.astype(np.uint64), np.concatenate([slots for _, _, slots in chosen])
 
 
 def calls_frame(slots: Records, cpus: NDArray[np.uint16]) -> pl.DataFrame:

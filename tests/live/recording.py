@@ -30,6 +30,8 @@ from scope_ebpf.recording.reader import Recording
 
 COMMAND = Path(sys.executable).with_name("scope-ebpf")
 PROGRAMS = Path(__file__).with_name("programs")
+# What every recording command is told by the fixture each_transport.
+TRANSPORT: tuple[str, ...] = ()
 ATTACH_SECONDS = 30
 END_SECONDS = 60
 
@@ -164,6 +166,8 @@ def scope_ebpf_command(
     path: Path, *arguments: object, environment: Mapping[str, str] | None = None, **options: Any
 ) -> Iterator[Session]:
     """Run `scope-ebpf ARGUMENTS`, which record to `path`; go on when the probes are at work."""
+    command, *rest = arguments
+    arguments = (command, *TRANSPORT, *rest)
     with recorder(path, COMMAND, *arguments, environment=environment, **options) as session:
         yield session
 

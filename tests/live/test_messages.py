@@ -25,7 +25,7 @@ from tests.live.programs.conversation import (
 )
 from tests.live.recording import Session, attached, no_losses, python_target
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.usefixtures("each_transport")]
 
 TCP_MODULUS = 2**32
 SEED = 7

@@ -7,7 +7,7 @@ import pytest
 
 from tests.live.recording import Session, Target, attached, compiled, no_losses
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.usefixtures("each_transport")]
 
 
 @pytest.fixture(scope="module")

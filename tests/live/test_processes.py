@@ -13,7 +13,7 @@ import pytest
 from scope_ebpf.records import RecordLimits
 from tests.live.recording import Target, attached, compiled, no_losses
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.usefixtures("each_transport")]
 
 KEPT = int(RecordLimits.COMMAND_LINE_BYTES)
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")

@@ -14,7 +14,7 @@ import pytest
 
 from tests.live.recording import PROGRAMS, Session, Target, attached, compiled, no_losses
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.usefixtures("each_transport")]
 
 MASK = 2**64 - 1
 ERRNO = {"ENOENT": 2, "EBADF": 9, "EINVAL": 22, "ENOSYS": 38}

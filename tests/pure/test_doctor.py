@@ -130,7 +130,7 @@ def test_only_what_loading_needs_explains_a_refusal(absent, blames):
 
 
 def test_an_error_becomes_fact_cause_and_fix(monkeypatch):
-    def refuse(_family):
+    def refuse(_family, _transport):
         raise LoadError("cannot load x.bpf.o: this kernel is old; boot another")
 
     monkeypatch.setattr(doctor, "record_workload", refuse)
@@ -160,14 +160,16 @@ def test_an_error_becomes_fact_cause_and_fix(monkeypatch):
     ],
 )
 def test_what_was_recorded_is_counted(monkeypatch, family, found, works):
-    monkeypatch.setattr(doctor, "record_workload", lambda _family: found)
+    monkeypatch.setattr(doctor, "record_workload", lambda _family, _transport: found)
     check = doctor.check_family(family)
     assert check.works is works
     assert check.detail.startswith(f"recorded {found} ")
 
 
 def test_without_a_tls_library_there_is_nothing_to_record(monkeypatch):
-    monkeypatch.setattr(doctor, "record_workload", lambda _family: pytest.fail("it was recorded"))
+    monkeypatch.setattr(
+        doctor, "record_workload", lambda _family, _transport: pytest.fail("it was recorded")
+    )
     monkeypatch.setattr(tls, "find_libraries", lambda _tgids: [])
     check = doctor.check_family("tls")
     assert (check.works, check.family) == (True, True)
@@ -175,7 +177,9 @@ def test_without_a_tls_library_there_is_nothing_to_record(monkeypatch):
 
 
 def test_strangers_are_not_recorded_from_a_pid_namespace(monkeypatch):
-    monkeypatch.setattr(doctor, "record_workload", lambda _family: pytest.fail("it was recorded"))
+    monkeypatch.setattr(
+        doctor, "record_workload", lambda _family, _transport: pytest.fail("it was recorded")
+    )
     check = doctor.check_family("syscalls", Check("pid namespace", False, "not the host's"))
     assert (check.works, check.detail) == (False, "not tried")
 

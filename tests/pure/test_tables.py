@@ -18,6 +18,7 @@ from scope_ebpf.recording.connections import address_text, connections_frame, un
 from scope_ebpf.recording.python_tables import Descriptions
 from scope_ebpf.recording.schema import SCHEMAS
 from scope_ebpf.recording.tables import (
+    INTERRUPTED,
     Payloads,
     command_line,
     hot_frames,
@@ -95,6 +96,8 @@ def rows_of(frames, table):
 
 
 def hot(*runs, payloads=None):
+    for _, first, slots in runs:
+        slots["sequence"] = np.arange(first + 1, first + 1 + len(slots)).astype(np.uint32)
     return hot_frames(runs, payloads or Payloads(), no_name)
 
 
@@ -302,10 +305,22 @@ def test_payloads_over_several_batches():
 
 def test_payloads_of_lost_messages_do_not_pile_up():
     payloads = Payloads()
-    for number in range(100):
+    for number in range(10 * INTERRUPTED):
         give(payloads, (0, number, payload(number, b"x")))
         hot((0, number + 1, flagged(number)), payloads=payloads)
-    assert sum(len(part.owners) for part in payloads._waiting.get(0, [])) <= 1
+    assert sum(len(part.owners) for part in payloads._waiting.get(0, [])) <= INTERRUPTED + 1
+
+
+def test_indices_that_leave_some_out_and_come_late():
+    """As in a perf buffer: payloads go by the sequence, also past an interrupt's record that came first."""
+    payloads = Payloads()
+    give(payloads, (0, 0, np.concatenate([payload(16, b"a"), payload(24, b"late")])))
+    slots = np.concatenate([flagged(1), call(2)])
+    slots["sequence"] = [17, 34]
+    assert payloads_of(hot_frames([(0, 16, slots)], payloads, no_name)) == {1: b"a"}
+    slots = np.concatenate([flagged(3), flagged(4)])
+    slots["sequence"] = [25, 41]
+    assert payloads_of(hot_frames([(0, 24, slots)], payloads, no_name)) == {3: b"late", 4: None}
 
 
 def test_a_payload_as_long_as_the_slot():
