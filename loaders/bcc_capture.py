@@ -144,11 +144,11 @@ class BccObject:
             wrong.said = error.said
             raise wrong from error
         for name in self._source.programs:
-            if name in self._selected or (name in STAGES and "on_sys_exit" in self._selected):
+            if name in self._selected:
                 self._load_program(name)
-        for name, table in STAGES.items():
-            if name in self._bpf.funcs or name.encode() in self._bpf.funcs:
-                self._set(table, c.c_int(0), c.c_int(self._load_program(name).fd))
+        if self._constants["record_messages"]:
+            for name, table in STAGES.items():
+                self._set(table, c.c_int(0), c.c_int(self._load_stage(name).fd))
         for number, value in enumerate(self._message_classes):
             if value:
                 self._set("message_class_table", c.c_uint32(number), c.c_uint8(value))
@@ -157,6 +157,18 @@ class BccObject:
             self.map_memory("cpus", cpus * records.CPU_STATE.itemsize), records.CPU_STATE, cpus
         )
         self._life = Life(self._bpf["tasks"], self._constants, self._numbers, states)
+
+    def _load_stage(self, name: str) -> Any:
+        """A program of messages: BCC puts all its functions into one, which older verifiers give up on."""
+        try:
+            return self._load_program(name)
+        except LoadError as error:
+            wrong = LoadError(
+                f"cannot record messages with BCC on Linux {os.uname().release}: its verifier does not get"
+                " through the program; choose --families processes,syscalls,offcpu"
+            )
+            wrong.said = error.said
+            raise wrong from error
 
     def _load_program(self, name: str) -> Any:
         return bcc.load_function(self._bpf, name, "the probes")

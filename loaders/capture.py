@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scope_ebpf import records
-from scope_ebpf.errors import LoadError
+from scope_ebpf.errors import LoadError, UsageError
 from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders import hits, tls
 from scope_ebpf.loaders.bcc_capture import BccObject, check_options, choose_loader
@@ -206,6 +206,10 @@ class Capture:
         self.loader = choose_loader(options.loader)
         if self.loader == "bcc":
             check_options(options.families, probes=bool(options.probes), calls=bool(options.calls))
+            if options.transport == "perf":
+                raise UsageError(
+                    "--loader bcc brings its records out through rings only; leave --transport perf away"
+                )
         wanted = sorted(set(HIT_FAMILIES) & set(options.families))
         self._places_are_told = not (options.probes or wanted) or has_cookies()
         if not self._places_are_told:
@@ -213,7 +217,8 @@ class Capture:
             if options.probes:
                 raise LoadError(f"cannot use --probe: {reason}; record without it")
             self.notes.append(f"{' and '.join(wanted)} cannot be recorded: {reason}")
-        transports = choose_transport(options.transport)
+        # BCC's form of the probes has rings only
+        transports = choose_transport("rings" if self.loader == "bcc" else options.transport)
         try:
             self._open(transports[0])
         except LoadError as error:

@@ -35,7 +35,7 @@ enum {
 	/* so much goes into a queue in one piece, or not at all (PIPE_BUF) */
 	UNDIVIDED_BYTES = 4096,
 #ifdef SCOPE_BCC /* the verifier follows each walk from each of the places that it is put into */
-	MAX_QUEUED_BUFFERS = 64,
+	MAX_QUEUED_BUFFERS = 8,
 #else
 	MAX_QUEUED_BUFFERS = 256,
 #endif
@@ -115,8 +115,7 @@ __noinline __u64 queued_in_socket(__u64 key)
 {
 	struct sock *sk = (struct sock *)key;
 	struct sk_buff *head, *skb;
-	__u64 total = 0;
-	int i;
+	__u64 total = 0, i;
 
 	head = (struct sk_buff *)((void *)sk + FIELD_OFFSET(struct sock, sk_receive_queue));
 	skb = BPF_CORE_READ(sk, sk_receive_queue.next);
@@ -141,8 +140,7 @@ __noinline __u64 queued_in_pipe(__u64 key)
 	__u32 mask = BPF_CORE_READ(pipe, ring_size) - 1;
 	struct pipe_buffer *buffers = BPF_CORE_READ(pipe, bufs);
 	__u32 size = bpf_core_type_size(struct pipe_buffer);
-	__u64 total = 0;
-	int i;
+	__u64 total = 0, i;
 
 	for (i = 0; i < MAX_QUEUED_BUFFERS; i++, tail++) {
 		if (tail == head)

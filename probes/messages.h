@@ -19,7 +19,11 @@
 #include "payloads.h"
 
 enum {
+#ifdef SCOPE_BCC /* as MAX_QUEUED_BUFFERS in endpoints.h: of more the bytes are not counted */
+	MAX_HEADERS = 64,
+#else
 	MAX_HEADERS = 1024, /* UIO_MAXIOV, the kernel's own limit for sendmmsg and recvmmsg */
+#endif
 };
 
 /* Where a TCP socket's receiver stands. A FIN has a number, too: it is not a byte of the stream. */
@@ -114,8 +118,7 @@ static __always_inline void meet_ends(struct cpu_state *cpu, __u8 class, struct 
 	struct task_struct *task = CURRENT_TASK();
 	struct target_end end;
 	int fds[2] = {};
-	__u64 met = 0;
-	__u32 i;
+	__u64 met = 0, i;
 
 	fds[0] = cpu->flight.arg0;
 	fds[1] = -1;
@@ -187,6 +190,8 @@ __noinline int write_end(OF_CPU __u32 fd, __u32 length, __u64 duration_ns,
 		flags |= FLAG_TURN;
 		cpu->turned = cpu->interpreter != 0;
 	}
+	flags = UNKNOWN_TO_VERIFIER(cpu, flags);
+	stream_end = UNKNOWN_TO_VERIFIER(cpu, stream_end);
 	message = hot_reserve(cpu, &index);
 	if (!message) {
 		count_loss(cpu, LOSS_MESSAGES);
@@ -216,7 +221,8 @@ __noinline int write_end(OF_CPU __u32 fd, __u32 length, __u64 duration_ns,
 /* Bytes of all messages of a sendmmsg or recvmmsg. */
 GLOBAL int sum_headers(__u64 headers, __u32 count)
 {
-	__u32 length, total = 0, i;
+	__u32 length, total = 0;
+	__u64 i; /* as wide as registers, as in payloads.h */
 
 	for (i = 0; i < MAX_HEADERS && i < count; i++) {
 		length = 0;
@@ -278,9 +284,9 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 	struct flight *flight = &cpu->flight;
 	__u8 class = class_of(flight->number), shape = class & MESSAGE_SHAPE;
 	__u32 flags = status | (class & MESSAGE_RECEIVE ? FLAG_RECEIVE : 0) | shape << 16;
-	__u32 length = result, message_flags = 0, fd, i;
+	__u32 length = result, message_flags = 0, fd;
 	bool done = false;
-	__u64 arg3;
+	__u64 arg3, i;
 
 	if (!class)
 		return false;
@@ -315,6 +321,8 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 	fd = flight->arg0;
 	if (shape == MESSAGE_SPLICE)
 		flags |= FLAG_RECEIVE;
+	flags = UNKNOWN_TO_VERIFIER(cpu, flags);
+	length = UNKNOWN_TO_VERIFIER(cpu, length);
 #pragma clang loop unroll(disable)
 	for (i = 0; i < 2; i++) {
 		done = write_end(WITH_CPU fd, length, duration_ns, flags) && flags & ALSO_CALL;

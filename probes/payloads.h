@@ -48,8 +48,8 @@ static __always_inline __u32 copy_buffer(struct payload *payload, __u64 base, __
 /* Likewise from up to MAX_VECTORS pieces. */
 static __always_inline __u32 copy_vectors(struct payload *payload, __u64 vectors, __u64 count, __u64 length)
 {
-	__u32 i, cpu = bpf_get_smp_processor_id();
-	__u64 copied = 0, part; /* as wide as registers: no extension parts them from their bounds */
+	__u32 cpu = bpf_get_smp_processor_id();
+	__u64 copied = 0, part, i; /* as wide as registers: no extension parts them from their bounds */
 	char *bytes = bpf_map_lookup_elem(&gathered, &cpu);
 	struct user_iovec piece;
 
@@ -60,7 +60,6 @@ static __always_inline __u32 copy_vectors(struct payload *payload, __u64 vectors
 		if (bpf_probe_read_user(&piece, sizeof(piece), (void *)(vectors + i * sizeof(piece))))
 			break;
 		part = within_limit(piece.length);
-		copied = within_limit(copied);
 		if (bpf_probe_read_user(bytes + copied, part, (void *)piece.base))
 			break; /* what is copied so far is right */
 		copied += part;
@@ -116,6 +115,9 @@ __noinline int write_payload(OF_CPU __u64 hot_index, __u32 length, __u8 shape)
 	if (!cpu)
 		return false;
 	find_payload(&cpu->flight, shape, &vectors, &count, &base);
+	vectors = UNKNOWN_TO_VERIFIER(cpu, vectors);
+	count = UNKNOWN_TO_VERIFIER(cpu, count);
+	base = UNKNOWN_TO_VERIFIER(cpu, base);
 	if (!vectors && !base)
 		return false; /* sendfile and splice: the bytes were never in the process's memory */
 	payload = reserve_payload(cpu, hot_index, &index);

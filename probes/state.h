@@ -188,6 +188,21 @@ static __always_inline struct cpu_state *this_cpu(void)
 #define FIND_CPU()
 #endif
 
+#ifdef SCOPE_BCC
+/*
+ * The same number, by way of memory: so ways that came to it with different values are one to the verifier,
+ * which else follows each to the end. Where functions are looked at by themselves their arguments are so.
+ */
+static __always_inline __u64 through_memory(struct cpu_state *cpu, __u64 number)
+{
+	*(volatile __u64 *)&cpu->reserved2[5] = number;
+	return *(volatile __u64 *)&cpu->reserved2[5];
+}
+#define UNKNOWN_TO_VERIFIER(cpu, number) through_memory(cpu, number)
+#else
+#define UNKNOWN_TO_VERIFIER(cpu, number) (number)
+#endif
+
 static __always_inline void count_loss(struct cpu_state *cpu, enum loss_kind kind)
 {
 	__sync_fetch_and_add(&cpu->lost[kind], 1);

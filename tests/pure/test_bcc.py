@@ -279,3 +279,13 @@ def test_translation_of_all_probes():
 
 def test_tables_are_all_named():
     assert list(SCHEMAS) == list(TABLES)
+
+
+def test_headers_are_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("BCC_KERNEL_SOURCE", str(tmp_path / "nowhere"))
+    with pytest.raises(
+        LoadError, match=r"the headers of Linux .* are not installed; run `sudo apt"
+    ):
+        bcc.check_headers()
+    monkeypatch.setenv("BCC_KERNEL_SOURCE", str(tmp_path))
+    bcc.check_headers()
