@@ -21,7 +21,7 @@ def world(monkeypatch):
 
 
 def drained(found: Newcomers) -> list[int]:
-    return list(iter(found.due, None))  # type: ignore[arg-type]  # its type is that of the end, too
+    return list(iter(found.due, None))
 
 
 def test_one_of_each_kind_is_looked_at_twice(world):
