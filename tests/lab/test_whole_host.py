@@ -97,7 +97,7 @@ def run(*command: object, **options: Any) -> str:
         capture_output=True, text=True, check=False, timeout=120, **options,
     )  # fmt: skip
     assert done.returncode == 0, (command, done.stdout, done.stderr)
-    return done.stdout
+    return str(done.stdout)
 
 
 def processes_now() -> dict[int, tuple[str, str]]:

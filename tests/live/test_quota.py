@@ -71,7 +71,7 @@ def test_the_oldest_rows_go_and_the_rest_reads_right(tmp_path):
     own = session.table("messages").filter(tgid=tgid)
     assert counts.dropped > 0 and counts.lost == 0
     assert counts.rows + counts.dropped >= rounds * 2000
-    assert own["start_ns"].min() > dropped_until - 10**9
+    assert own.filter(pl.col("start_ns") < dropped_until - 10**9).is_empty()
     # what remains is whole: nothing before it is needed
     assert own.filter(pl.col("kind").is_null()).is_empty()
     assert set(own["kind"].unique()) >= {"tcp", "unix"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
 from scope_ebpf.loaders import newcomers
@@ -18,12 +16,12 @@ def world(monkeypatch):
     kinds: dict[int, tuple[str, int, int]] = {}
     clock = [0.0]
     monkeypatch.setattr(newcomers, "kind_of", kinds.get)
-    monkeypatch.setattr(newcomers.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("scope_ebpf.loaders.newcomers.time.monotonic", lambda: clock[0])
     return kinds, clock
 
 
 def drained(found: Newcomers) -> list[int]:
-    return list(itertools.takewhile(lambda tgid: tgid is not None, iter(found.due, object())))
+    return list(iter(found.due, None))
 
 
 def test_one_of_each_kind_is_looked_at_twice(world):

@@ -25,7 +25,7 @@ from tests.pure.recordings import META, at, frame, make_recording
 pytestmark = pytest.mark.pure
 STILL = 7
 USE = RecorderUse(tgid=1, cpu_seconds=0.0, cpu_percent=0.0, peak_rss_bytes=0)
-QUOTA = {"keep_bytes": 1 << 20, "keep_ns": None}
+QUOTA: dict[str, Any] = {"keep_bytes": 1 << 20, "keep_ns": None}
 
 
 def calls(*starts: int) -> pl.DataFrame:
@@ -34,7 +34,7 @@ def calls(*starts: int) -> pl.DataFrame:
 
 def writer(path: Path) -> RecordingWriter:
     path.mkdir()
-    return RecordingWriter(path, replace(META, complete=False, ended_ns=None, **QUOTA))  # type: ignore[arg-type]
+    return RecordingWriter(path, replace(META, complete=False, ended_ns=None, **QUOTA))
 
 
 def test_a_chunk_goes_as_a_whole_and_is_counted(tmp_path):
@@ -101,7 +101,7 @@ LIFE: dict[str, Any] = {"tgid": 7, "tid": 7, "comm": "web", "start_boottime_ns":
 
 def recorded(tmp_path: Path, *rows: dict[str, Any], **more: Any) -> Any:
     tables = {"processes": list(rows), **more}
-    return open_recording(make_recording(tmp_path / "a.scope", tables, **QUOTA))  # type: ignore[arg-type]
+    return open_recording(make_recording(tmp_path / "a.scope", tables, **QUOTA))
 
 
 def test_what_is_told_again_counts_only_where_the_first_is_gone(tmp_path):

@@ -279,7 +279,7 @@ def test_durations_have_three_digits(ns, text):
 def test_services_are_grouped_by_where_they_run(tmp_path):
     """One row per service and unit or container; a number that is used again is another process."""
     unit, other = "/system.slice/shop.service", f"/docker/{'ab' * 32}"
-    rows = {
+    rows: dict[str, list[dict[str, Any]]] = {
         "processes": [
             {"time_ns": at(0), "event": 0, "tgid": 7, "tid": 7, "comm": "redis-server", "cgroup": unit},
             {"time_ns": at(0), "event": 0, "tgid": 8, "tid": 8, "comm": "redis-server", "cgroup": other},
