@@ -32,8 +32,8 @@ ATTACH_SECONDS = 120.0
 # What both loaders record.
 CORE = ("processes", "syscalls", "messages", "offcpu")
 KERNEL = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
-# BPF has atomic fetch-and-add since 5.12, commit 5ffa25502b5a
-FIRST_WITH_RINGS = (5, 12)
+# Atomic fetch-and-add in BPF is from 5.12 (commit 5ffa25502b5a); one version later is all that rings need.
+FIRST_WITH_RINGS = (5, 13)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from tests.lab.leftovers import TRACING, Leftovers, code_of, nothing_left
 from tests.lab.recorded import COMMAND, ENVIRONMENT, Way, recording, ways
 from tests.live.recording import Target
 
-LOADS = int(os.environ.get("LAB_LOADS", "20"))
-KILLS = int(os.environ.get("LAB_KILLS", "12"))
+LOADS = int(os.environ.get("LAB_LOADS", "6"))
+KILLS = int(os.environ.get("LAB_KILLS", "5"))
 # Of each by the command itself, which takes seconds to start.
 COMMANDS = int(os.environ.get("LAB_COMMANDS", "1"))
 SEED = int(os.environ.get("LAB_SEED", "5"))
@@ -86,13 +86,19 @@ def test_a_recorder_at_work_is_seen(target, tmp_path):
         session.stop()
     assert session.code == 0, session.talk
     # a probe by tracefs, as other tools make them, is seen, too
-    (TRACING / "uprobe_events").write_text("p:scope_lab/seen /bin/true:0x1000\n")
+    change_uprobes("p:scope_lab/seen /bin/true:0x1000")
     try:
         assert leftovers.look()["probe"] - leftovers.before["probe"]
     finally:
-        (TRACING / "uprobe_events").write_text("-:scope_lab/seen\n")
+        change_uprobes("-:scope_lab/seen")
     Path("/dev/kmsg").write_text("<4>WARNING: of the lab's own test\n")
     assert len(leftovers.complaints()) == 1
+
+
+def change_uprobes(line: str) -> None:
+    """Appended: to open it for writing from its start would remove all that are there."""
+    with (TRACING / "uprobe_events").open("a") as file:
+        file.write(line + "\n")
 
 
 @pytest.mark.parametrize("way", quick_ways(), ids=str)

@@ -26,8 +26,22 @@ from collections.abc import Callable
 from typing import Any
 
 NUMBERS = {
-    "x86_64": {"getppid": 110, "close": 3, "openat": 257, "dup3": 292, "futex": 202},
-    "aarch64": {"getppid": 173, "close": 57, "openat": 56, "dup3": 24, "futex": 98},
+    "x86_64": {
+        "getppid": 110,
+        "close": 3,
+        "openat": 257,
+        "dup3": 292,
+        "futex": 202,
+        "clock_nanosleep": 230,
+    },
+    "aarch64": {
+        "getppid": 173,
+        "close": 57,
+        "openat": 56,
+        "dup3": 24,
+        "futex": 98,
+        "clock_nanosleep": 115,
+    },
 }
 NO_SUCH_CALL = 511  # no kernel has one of that number
 
@@ -304,8 +318,10 @@ def waits(_: str) -> Note:
     def sleep() -> None:
         name_thread("lab-sleeper")
         note["sleeper"] = threading.get_native_id()
+        # not time.sleep(): that waits for a moment, which is over when the thread was preempted before
         for length in SLEEPS:
-            time.sleep(length / 1e9)
+            asked = Timespec(0, length)
+            call(NUMBER["clock_nanosleep"], time.CLOCK_MONOTONIC, 0, ctypes.addressof(asked), 0)
 
     def time_out() -> None:
         name_thread("lab-futex")
