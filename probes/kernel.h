@@ -249,7 +249,7 @@ struct task_struct {
 	struct thread_info thread_info;
 	unsigned int __state;
 	unsigned int flags;
-	int on_cpu;
+	unsigned int on_cpu; /* a byte from 7.x on: libbpf narrows the load only of what has no sign */
 	unsigned int cpu; /* before 5.16 without THREAD_INFO_IN_TASK; see task_cpu() */
 	struct mm_struct *mm;
 	int exit_state; /* not 0: it has ended, and waits for its parent */
