@@ -60,6 +60,7 @@ static __always_inline __u32 copy_vectors(struct payload *payload, __u64 vectors
 		if (bpf_probe_read_user(&piece, sizeof(piece), (void *)(vectors + i * sizeof(piece))))
 			break;
 		part = within_limit(piece.length);
+		copied = within_limit(copied); /* it is; up to 5.10 the verifier wants to be told */
 		if (bpf_probe_read_user(bytes + copied, part, (void *)piece.base))
 			break; /* what is copied so far is right */
 		copied += part;
