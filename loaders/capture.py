@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scope_ebpf import records
-from scope_ebpf.errors import LoadError, UsageError
+from scope_ebpf.errors import FormatError, LoadError, UsageError
 from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders import hits, tls
 from scope_ebpf.loaders.bcc_capture import BccObject, check_options, choose_loader
@@ -616,11 +616,11 @@ def check_layout(opened: BpfObject) -> None:
     """Refuse an object whose records are not the ones that this Python reads.
 
     Raises:
-        LoadError: naming the first difference.
+        FormatError: naming the first difference.
     """
     for name in RECORDS:
         if opened.btf.record_dtype(name) != getattr(records, name.upper()):
-            raise LoadError(
+            raise FormatError(
                 f"cannot use {opened.path.name}: its record {name} differs from this version's;"
                 " build the probes anew with `make build`"
             )
