@@ -58,8 +58,13 @@ def render(checks: list[Check], width: int) -> str:
     """The table: a line per check with its fact, and below it the cause and the fix."""
     others = [check for check in checks if not is_interpreter(check)]
     sections = {
-        "Needed": [check for check in others if not check.family and check.works is not None],
+        "Needed": [
+            check
+            for check in others
+            if not check.family and not is_extra(check) and check.works is not None
+        ],
         "Probes, tried just now": [check for check in others if check.family],
+        "Beside them": [check for check in others if is_extra(check) and check.works is not None],
         "Python": [check for check in checks if is_interpreter(check)],
         "For information": [check for check in others if check.works is None and not check.family],
     }
@@ -77,6 +82,11 @@ def render(checks: list[Check], width: int) -> str:
 def is_interpreter(check: Check) -> bool:
     """Whether it tells of a Python, and not of what every recording needs."""
     return isinstance(check, InterpreterCheck)
+
+
+def is_extra(check: Check) -> bool:
+    """Whether it tells of what is recorded where the kernel lets it be."""
+    return check.name.startswith("extra ")
 
 
 def verdict(checks: list[Check]) -> str:

@@ -122,8 +122,10 @@ class Store:
             self._used.update(frames["messages"]["connection"].unique().to_list())
         if "connections" in frames:
             self._announced.update(frames["connections"]["connection"].to_list())
-        if time.monotonic() >= self._next_meta and self._failed is None:
-            self._writer.write_meta(self._lost_now(), self._recorder_use())
+        if (batch.notes or time.monotonic() >= self._next_meta) and self._failed is None:
+            self._writer.write_meta(
+                self._lost_now(), self._recorder_use(), notes=tuple(batch.notes)
+            )
             self._next_meta = time.monotonic() + META_SECONDS
         if self._failed is not None and not failed_before:
             raise self._failed
