@@ -1,8 +1,8 @@
 """Extra programs that see messages outside of a message's system call: those through io_uring.
 
 What they see and miss is told in probes/sockets.h. How they reach the kernel's functions is chosen by trying,
-with programs that do nothing (probes/trial.bpf.c): fentry and fexit are the cheapest; kprobes see the same;
-tracepoints, where the kernel offers neither, see sockets only.
+with programs that do nothing (probes/trial.bpf.c): fentry and fexit see most; tracepoints are cheaper, but see
+sockets only, and no bytes; kprobes come last, since their returns are missed where many calls wait.
 
 Almost nobody uses io_uring, and each read and write on a socket or pipe of the host would pay for it. So the
 programs are loaded with all the others, while there is the privilege for that, but attached when a recorded
@@ -99,6 +99,7 @@ class Way:
         because = f" ({reasons})" if self.refusals else ""
         limits = {
             "tracepoints": ", without connects, pipes and payload heads",
+            "kprobes": "; where many calls wait some are missed, and counted as lost",
         }.get(self.name, "")
         return f"messages through io_uring: seen by {self.name}{limits}{because}"
 
@@ -148,6 +149,6 @@ def _try(*programs: str) -> None:
 
 WAYS: dict[str, Callable[[], tuple[str, ...]]] = {
     "fexit": _try_fexit,
-    "kprobes": _try_kprobes,
     "tracepoints": _try_tracepoints,
+    "kprobes": _try_kprobes,
 }

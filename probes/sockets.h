@@ -4,7 +4,7 @@
  * the kernel's own functions that every way to a socket or pipe leads through.
  *
  * User space chooses how these functions are reached, by trying (loaders/extras.py): fentry and fexit, else
- * kprobes, else the tracepoints sock_send_length and sock_recv_length.
+ * the tracepoints sock_send_length and sock_recv_length, else kprobes.
  *
  * Sees:   each transfer on TCP, UDP and Unix sockets and pipes, and each connect, by whomever the kernel has
  *         it done: the thread that asked, inside of io_uring_enter or on its way back to user space; a
@@ -14,7 +14,9 @@
  *         function once more when it is done, and then there is another row.
  * Misses: accept (what is accepted is met with its first message), splice and tee through io_uring; other
  *         families of sockets; the payload's head where the bytes are in registered buffers. The tracepoints
- *         know neither connects, nor pipes, nor where the bytes are, nor when a transfer began. What moves
+ *         know neither connects, nor pipes, nor where the bytes are, nor when a transfer began. The kprobes miss
+ *         what returns while as many calls of the function as there are CPUs (newer kernels: twice as many,
+ *         at least ten) wait on the host: that is counted as lost. What moves
  *         between the first io_uring_setup of the recorded processes and the moment when user space has
  *         attached these programs (0.1 s); Unix streams and pipes on which that may have been are inexact.
  * Costs:  nothing while no recorded process has an io_uring. From then on two short programs for each
@@ -205,6 +207,9 @@ static __always_inline void note_pieces(struct transfer *transfer, struct iov_it
 /* Remembers what is under way; returns whether it is to be told. */
 static __always_inline bool keep_transfer(struct cpu_state *cpu, __u64 key, struct transfer *transfer)
 {
+	/* the return of the one before was not seen: kretprobes give up where too many calls wait */
+	if (bpf_map_lookup_elem(&transfers, &key))
+		count_loss(cpu, LOSS_MESSAGES);
 	transfer->flight.start_ns = bpf_ktime_get_ns();
 	if (!bpf_map_update_elem(&transfers, &key, transfer, BPF_ANY))
 		return true;

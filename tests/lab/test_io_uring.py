@@ -27,6 +27,9 @@ def test_each_message_once(way, tmp_path, monkeypatch, kernel):
     offered = way != "tracepoints" or kernel >= (6, 3)
     assert chosen.name == (way if offered else ""), chosen.told()
     cases, connects = (CASES, CONNECTS) if way == "fexit" else (SOME, CONNECTS[:1])
+    if way == "kprobes" and kernel < (6, 1):
+        # the guest has one CPU, so that one return is waited for: that of a target at its gate
+        cases = tuple(case for case in cases if case.kind != "pipe")
     found, notes, lost = rings.record(tmp_path, cases + connects)
     assert lost == 0
     assert notes == [chosen.told()]
@@ -34,6 +37,16 @@ def test_each_message_once(way, tmp_path, monkeypatch, kernel):
         rings.check(case, seen, chosen.name, kernel)
     for case, seen in zip(connects, found[len(cases) :], strict=True):
         rings.check_connects(case, seen, chosen.name)
+
+
+def test_what_kprobes_miss_is_lost(tmp_path, monkeypatch, kernel):
+    if kernel >= (6, 1):
+        pytest.skip("optional: kprobes miss nothing here before more calls wait than targets do")
+    monkeypatch.setattr(extras, "WAYS", {"kprobes": extras.WAYS["kprobes"]})
+    [seen, _], _, lost = rings.record(tmp_path, (SOME[-1], SOME[-1]))
+    ring = seen.rows["fd"] == rings.RecordLimits.NO_DESCRIPTOR
+    receive = seen.rows["flags"] & rings.RecordFlags.FLAG_RECEIVE != 0
+    assert 0 < rings.ROUNDS - (ring & receive).sum() <= lost
 
 
 def test_the_cheapest_is_chosen(tmp_path, kernel):
