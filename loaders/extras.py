@@ -1,8 +1,8 @@
 """Extra programs that see messages outside of a message's system call: those through io_uring.
 
 What they see and miss is told in probes/sockets.h. How they reach the kernel's functions is chosen by trying,
-with programs that do nothing (probes/trial.bpf.c): fentry and fexit see most; tracepoints are cheaper, but see
-sockets only, and no bytes; kprobes come last, since their returns are missed where many calls wait.
+with programs that do nothing (probes/trial.bpf.c): fentry and fexit see most; tracepoints are cheaper, but
+see sockets only, and no bytes; kprobes come last, since their returns are missed where many calls wait.
 
 Almost nobody uses io_uring, and each read and write on a socket or pipe of the host would pay for it. So the
 programs are loaded with all the others, while there is the privilege for that, but attached when a recorded

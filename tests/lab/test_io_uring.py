@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scope_ebpf.loaders import extras
+from scope_ebpf.records import RecordFlags, RecordLimits
 from tests.live import rings
 from tests.live.rings import CASES, CONNECTS, Case
 
@@ -44,8 +45,8 @@ def test_what_kprobes_miss_is_lost(tmp_path, monkeypatch, kernel):
         pytest.skip("optional: kprobes miss nothing here before more calls wait than targets do")
     monkeypatch.setattr(extras, "WAYS", {"kprobes": extras.WAYS["kprobes"]})
     [seen, _], _, lost = rings.record(tmp_path, (SOME[-1], SOME[-1]))
-    ring = seen.rows["fd"] == rings.RecordLimits.NO_DESCRIPTOR
-    receive = seen.rows["flags"] & rings.RecordFlags.FLAG_RECEIVE != 0
+    ring = seen.rows["fd"] == RecordLimits.NO_DESCRIPTOR
+    receive = seen.rows["flags"] & RecordFlags.FLAG_RECEIVE != 0
     assert 0 < rings.ROUNDS - (ring & receive).sum() <= lost
 
 
