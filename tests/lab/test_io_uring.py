@@ -27,7 +27,8 @@ def test_each_message_once(way, tmp_path, monkeypatch, kernel):
     chosen = extras.choose()
     offered = way != "tracepoints" or kernel >= (6, 3)
     assert chosen.name == (way if offered else ""), chosen.told()
-    cases, connects = (CASES, CONNECTS) if way == "fexit" else (SOME, CONNECTS[:1])
+    cases: tuple[Case, ...] = CASES if way == "fexit" else SOME
+    connects = CONNECTS if way == "fexit" else CONNECTS[:1]
     if way == "kprobes" and kernel < (6, 1):
         # the guest has one CPU, so that one return is waited for: that of a target at its gate
         cases = tuple(case for case in cases if case.kind != "pipe")
