@@ -71,6 +71,14 @@ install: ## put scope-ebpf where sudo finds it (as root; PREFIX, DESTDIR)
 uninstall: ## remove what install put there (as root; PREFIX, DESTDIR)
 	@scripts/install.sh uninstall '$(DESTDIR)$(PREFIX)/bin/scope-ebpf'
 
+.PHONY: install-service
+install-service: install ## also put scope-ebpf.service there, which records the host always, within a quota
+	@scripts/install_service.sh install '$(PREFIX)/bin/scope-ebpf' '$(DESTDIR)/etc/systemd/system'
+
+.PHONY: uninstall-service
+uninstall-service: ## remove scope-ebpf.service; its recordings stay
+	@scripts/install_service.sh uninstall '$(PREFIX)/bin/scope-ebpf' '$(DESTDIR)/etc/systemd/system'
+
 ##@ Build
 
 .PHONY: build
@@ -137,6 +145,10 @@ lab: build lab-image-if-root ## run tests in a guest (KERNEL=6.1, TESTS='tests/l
 lab-all: build lab-image-if-root ## run tests on every kernel of the lab; prints what works on which
 	@$(LAB) all $(LAB_OPTIONS) $(TESTS)
 
+.PHONY: lab-runner
+lab-runner: build lab-image-if-root | $(PYTHON) ## test the runner itself: panics, hangs, two guests at once
+	@$(AS_OWNER) $(PYTHON) -m pytest -p no:cacheprovider -m runner tests/runner
+
 .PHONY: lab-image-if-root
 lab-image-if-root:
 	@[ "$$(id -u)" -ne 0 ] || python3 vagrant/lab.py image
@@ -148,7 +160,7 @@ $(PYTHON):
 	@echo 'there is no .venv yet: run make setup' >&2; exit 1
 
 .PHONY: check
-check: lint types generated ## what CI runs without root: lint, types, generated files, pure and object tests
+check: lint types generated vagrantfile ## what CI runs without root: lint, types, generated files, Vagrantfile, pure and object tests
 	@$(MAKE) build
 	$(call say,TEST,pure and object)
 	$(Q)$(AS_OWNER) $(PYTHON) -m pytest -q -m 'pure or object'
@@ -166,6 +178,17 @@ types: | $(PYTHON)
 	$(call say,MYPY,strict)
 	$(Q)$(AS_OWNER) $(PYTHON) -m mypy --no-error-summary
 
+# Its folder for state would otherwise appear beside the Vagrantfile.
+.PHONY: vagrantfile
+vagrantfile:
+	$(call say,VAGRANT,validate)
+	$(Q)if command -v vagrant >/dev/null; then \
+		VAGRANT_CWD=vagrant VAGRANT_DOTFILE_PATH='$(CURDIR)/build/vagrant' VAGRANT_HOME='$(CURDIR)/build/vagrant/home' \
+			$(AS_OWNER) vagrant validate --ignore-provider >/dev/null; \
+	else \
+		echo '           skipped: vagrant is not installed (sudo make lab-setup installs it)' >&2; \
+	fi
+
 .PHONY: generated
 generated: $(GENERATED:%=build/generated/%)
 	$(Q)for file in $(GENERATED); do \
@@ -181,7 +204,7 @@ test: ## every test but those of the lab (as root; a live test that could run mu
 			'run sudo make test, or make check for the others' >&2; exit 1; }
 	@$(MAKE) setup
 	@$(SETUP) --test
-	@SCOPE_EBPF_REQUIRE_LIVE=1 $(PYTHON) -m pytest -p no:cacheprovider -m 'not lab'
+	@SCOPE_EBPF_REQUIRE_LIVE=1 $(PYTHON) -m pytest -p no:cacheprovider -m 'not (lab or runner)'
 
 .PHONY: bench
 bench: setup ## measure costs against perf, bpftrace and strace (as root)

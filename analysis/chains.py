@@ -21,7 +21,7 @@ from scope_ebpf.analysis.links import link
 from scope_ebpf.analysis.nesting import read_loops
 from scope_ebpf.analysis.peers import known_servers, name_peers
 from scope_ebpf.analysis.schema import EDGE, EDGES, EVIDENCE, SPAN_KIND, SPANS
-from scope_ebpf.analysis.services import service_names
+from scope_ebpf.analysis.services import service_lives
 from scope_ebpf.analysis.silence import explain_silence
 from scope_ebpf.analysis.wire import read_wire
 from scope_ebpf.protocols.heads import Heads
@@ -49,7 +49,7 @@ def build_chains(recording: Recording) -> Chains:
     connections = recording.collect(recording.connections)
     processes = recording.collect(recording.processes)
     ended_ns = _end(recording)
-    services = service_names(processes)
+    services = service_lives(processes)
     loops = read_loops(recording)
     lineage = read_lineage(recording)
     drafts, heads, owned = _exchanges(recording, connections, services, ended_ns, loops, lineage)

@@ -7,6 +7,8 @@ from typing import Final
 
 import polars as pl
 
+from scope_ebpf.analysis.services import add_services
+
 # Columns of a draft beside those of SPANS that do not need other rows. `row`: its number. `kind`:
 # also `delivery`, what a server pushed to a subscriber, which becomes no span of its own.
 # `context`, `owned`: as contexts.own_requests gives them.
@@ -105,7 +107,8 @@ def draft_spans(
     )
     told = told.join(
         remote.unique("connection", keep="last"), on="connection", how="left", maintain_order="left"
-    ).join(services, on="tgid", how="left", maintain_order="left")
+    )
+    told = add_services(told, services, "start_ns")
     whole_tcp = (pl.col("carrier") == "tcp") & pl.col("end_ns").is_not_null() & ~pl.col("orphan")
     told = told.filter(pl.col("protocol").is_not_null() | (whole_tcp & ~pl.col("delivery")))
     kind = (

@@ -10,6 +10,7 @@ from scope_ebpf.analysis.attempts import NOT_IN_TIME
 from scope_ebpf.analysis.drafts import DRAFT
 from scope_ebpf.analysis.links import link
 from scope_ebpf.analysis.peers import namespaces
+from scope_ebpf.analysis.services import add_services
 from scope_ebpf.analysis.silence import GAVE_UP, REASONS
 
 # Sockets that the C library asks first and does without; nobody misses them.
@@ -78,23 +79,20 @@ def refused_connects(
         .unique(["remote", "remote_port"], keep="first", maintain_order=True)
     )
     reason = pl.col("error").replace_strict(REASONS, default=None)
-    rows = (
-        failed.join(
-            spoken,
-            on=["remote", "remote_port"],
-            how="left",
-            nulls_equal=True,
-            maintain_order="left",
-        )
-        .join(services, on="tgid", how="left", maintain_order="left")
-        .with_columns(
-            reason=pl.when(pl.col("came_to_nothing").is_not_null())
-            .then("came_to_nothing")
-            .when(reason.is_null())
-            .then("error")
-            .otherwise(pl.format("{}: {}", "error", reason))
-        )
+    rows = failed.join(
+        spoken,
+        on=["remote", "remote_port"],
+        how="left",
+        nulls_equal=True,
+        maintain_order="left",
+    ).with_columns(
+        reason=pl.when(pl.col("came_to_nothing").is_not_null())
+        .then("came_to_nothing")
+        .when(reason.is_null())
+        .then("error")
+        .otherwise(pl.format("{}: {}", "error", reason))
     )
+    rows = add_services(rows, services, "start_ns")
     where = (
         pl.when(pl.col("remote_port").is_null())
         .then("remote")
@@ -244,7 +242,7 @@ def find_faults(
         .otherwise(pl.format("exited with code {}", "exit_code"))
     )
     faults = fill(
-        shown.join(services, on="tgid", how="left", maintain_order="left").select(
+        add_services(shown, services, "exit_ns").select(
             "tgid",
             "service",
             kind=pl.lit("fault"),

@@ -99,7 +99,7 @@ def _without_begin(
     known = begins.lazy().select(THREAD).unique()
     return recording.collect(
         first.join(known, on=THREAD, how="anti").with_columns(
-            pl.max_horizontal("start_ns", pl.lit(recording.meta.started_ns)),
+            pl.max_horizontal("start_ns", pl.lit(recording.since_ns)),
             began=pl.lit(value=False),
         )
     ).select(begins.columns)

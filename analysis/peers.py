@@ -145,7 +145,9 @@ def _inner_ends(drafts: pl.DataFrame, connections: pl.DataFrame) -> pl.DataFrame
     Pairs of sockets and clients' ends have no path by which they could be named.
     """
     unix = connections.filter(pl.col("kind").str.starts_with("unix"))
-    services = drafts.select("tgid", inner="service").drop_nulls().unique("tgid", keep="any")
+    services = drafts.select("tgid", inner="service").drop_nulls().unique()
+    # a number that two processes had, one after the other, tells none
+    services = services.unique("tgid", keep="none")
     return (
         unix.filter(pl.col("peer_inode").is_not_null())
         .select("connection", inode="peer_inode")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Final
 
 import polars as pl
 
+from scope_ebpf.analysis.numbers import LifeOf, process_lives
+from scope_ebpf.analysis.places import Place, place_of
 from scope_ebpf.analysis.programs import Program, program_of
 
 OUTSIDE: Final = "outside"
@@ -19,6 +20,15 @@ UNKNOWN: Final = "unknown"
 """In the service map: a server of which not even an address is known."""
 
 SERVICE_NAMES: Final = pl.Schema({"tgid": pl.UInt32, "service": pl.String})
+
+SERVICE_LIVES: Final = pl.Schema(
+    {
+        "tgid": pl.UInt32,
+        "since_ns": pl.Int64,  # as in numbers.process_lives
+        "service": pl.String,
+        "place": pl.String,  # its unit or container, in a few words; null: in none, or not known
+    }
+)
 
 SERVICE_MAP: Final = pl.Schema(
     {
@@ -36,19 +46,13 @@ SERVICE_MAP: Final = pl.Schema(
     }
 )
 
-# A process's own unit; user@1000.service is the manager of all that a user runs.
-_UNIT: Final = re.compile(r"(?:^|/)(?!user@)([^/]+)\.service(?:/|$)")
-# Container runtimes name cgroups by the 64 digits of a container's id: docker-ID.scope, /docker/ID.
-_CONTAINER: Final = re.compile(r"(?:^|[/-])([0-9a-f]{12})[0-9a-f]{52}(?:\.scope)?(?:/|$)")
-
 
 @dataclass(frozen=True)
 class _Evidence:
     """What is known of a process that can name it."""
 
     program: Program | None
-    unit: str | None
-    container: str | None
+    place: Place
     comm: str | None
 
 
@@ -67,7 +71,9 @@ def service_names(processes: pl.DataFrame) -> pl.DataFrame:
     - its systemd unit
     - its comm, with the beginning of its container's id if it has one
 
-    Children that multiprocessing spawned have their parent's name. Where two programs of the same
+    Children that multiprocessing spawned have their parent's name, and so has what was forked and
+    executed nothing. Of a tgid that was used again, it is the last process's name (see
+    `service_lives`). Where two programs of the same
     name have different modules, paths or units, these tell them apart. What cannot tell: relative
     paths in different working directories, ports, and two servers of one database; such
     processes share a name.
@@ -77,84 +83,91 @@ def service_names(processes: pl.DataFrame) -> pl.DataFrame:
     >>> service_names(rows)["service"].to_list()
     ['web']
     """
-    # Threads have a comm of their own, which does not name the process.
-    last = (
-        processes.lazy()
-        .sort("time_ns", maintain_order=True)
-        .with_columns(
-            pl.col("event").cast(pl.String).is_in(["thread", "thread_exit"]).alias("thread")
-        )
-        .group_by("tgid")
-        .agg(
-            pl.col("parent_tgid").first(),
-            pl.coalesce(
-                pl.col("comm").filter(~pl.col("thread")).drop_nulls().last(),
-                pl.col("comm").drop_nulls().last(),
-            ),
-            pl.col("command_line", "cgroup").drop_nulls().last(),
-        )
-        .sort("tgid")
-        .collect()
+    lives = service_lives(processes)
+    last = lives.unique("tgid", keep="last", maintain_order=True)
+    return last.select(SERVICE_NAMES.names())
+
+
+def service_lives(processes: pl.DataFrame) -> pl.DataFrame:
+    """Likewise one row per process, where numbers are used again: with the schema SERVICE_LIVES.
+
+    Sorted by tgid and `since_ns`, from when on the number belongs to that process. `add_services`
+    joins it.
+    """
+    lives = process_lives(processes)
+    known = lives.select("command_line", "comm", "cgroup").unique(maintain_order=True)
+    described = {
+        row: _Evidence(program_of(row[0], row[1]), place_of(row[2]), row[1])
+        for row in known.iter_rows()
+    }
+    evidence = [described[row] for row in lives.select(known.columns).iter_rows()]
+    helpers = [at for at, found in enumerate(evidence) if found.program and found.program.inherits]
+    if helpers:
+        parents = lives["parent"].to_list()
+        ancestors = {at: _ancestor(at, parents, evidence) for at in helpers}
+        for at, found in ancestors.items():
+            evidence[at] = found
+    named = _told_apart(dict.fromkeys(evidence))
+    tgids = lives["tgid"].to_list()
+    names = [named[found] or f"tgid-{tgid}" for tgid, found in zip(tgids, evidence, strict=True)]
+    places = [str(described[row].place) or None for row in lives.select(known.columns).iter_rows()]
+    return lives.select(
+        "tgid",
+        "since_ns",
+        pl.Series("service", names, pl.String),
+        pl.Series("place", places, pl.String),
+    ).cast(SERVICE_LIVES)
+
+
+def add_services(rows: pl.DataFrame, lives: pl.DataFrame, time: str) -> pl.DataFrame:
+    """`rows` with the `service` of the process `tgid` at the time in the column `time`, in their order.
+
+    `lives` is what `service_lives` gives. Null: nothing is known of the process.
+    """
+    number = LifeOf(lives).expression(pl.col(time))
+    return rows.with_columns(
+        number.replace_strict(
+            range(len(lives)), lives["service"], default=None, return_dtype=pl.String
+        ).alias("service")
     )
-    program = lru_cache(maxsize=None)(program_of)
-    place = lru_cache(maxsize=None)(_place)
-    evidence: dict[int, _Evidence] = {}
-    parents: dict[int, int] = {}
-    for tgid, parent, comm, command_line, cgroup in last.iter_rows():
-        evidence[tgid] = _Evidence(program(command_line, comm), *place(cgroup), comm)
-        parents[tgid] = parent
-    for tgid, found in evidence.items():
-        if found.program and found.program.inherits:
-            evidence[tgid] = _ancestor(tgid, parents, evidence)
-    named = _told_apart(evidence)
-    names = [named[found] or f"tgid-{tgid}" for tgid, found in evidence.items()]
-    return pl.DataFrame({"tgid": last["tgid"], "service": names}, schema=SERVICE_NAMES)
 
 
-def _place(cgroup: str | None) -> tuple[str | None, str | None]:
-    """The systemd unit, without the instance of a template, and the container of a cgroup path."""
-    units = _UNIT.findall(cgroup or "")
-    containers = _CONTAINER.findall(cgroup or "")
-    unit = units[-1].partition("@")[0].replace("\\x2d", "-") if units else None
-    return unit, containers[-1] if containers else None
-
-
-def _ancestor(
-    tgid: int, parents: Mapping[int, int], evidence: Mapping[int, _Evidence]
-) -> _Evidence:
+def _ancestor(at: int, parents: Sequence[int | None], evidence: Sequence[_Evidence]) -> _Evidence:
     """The nearest ancestor that has a name of its own; the process itself if none is known."""
-    seen = {tgid}
-    at = parents[tgid]
-    while at in evidence and at not in seen:
-        found = evidence[at]
+    seen = {at}
+    above = parents[at]
+    while above is not None and above not in seen:
+        found = evidence[above]
         if not (found.program and found.program.inherits):
             return found
-        seen.add(at)
-        at = parents[at]
-    return evidence[tgid]
+        seen.add(above)
+        above = parents[above]
+    return evidence[at]
 
 
 def _name(found: _Evidence) -> str | None:
     program = found.program
     if program and program.name:
         return program.name
-    if found.unit:
-        return found.unit
+    if found.place.unit:
+        return found.place.unit
     if program:
         return program.fallback
-    return f"{found.comm}@{found.container}" if found.comm and found.container else found.comm
+    container = found.place.container
+    return f"{found.comm}@{container}" if found.comm and container else found.comm
 
 
-def _told_apart(evidence: Mapping[int, _Evidence]) -> dict[_Evidence, str | None]:
+def _told_apart(evidence: Iterable[_Evidence]) -> dict[_Evidence, str | None]:
     """Each one's name, longer where the same name stands for different programs."""
     sharing: dict[str | None, list[_Evidence]] = defaultdict(list)
-    for found in dict.fromkeys(evidence.values()):
+    for found in evidence:
         sharing[_name(found)].append(found)
     names: dict[_Evidence, str | None] = {}
     for name, processes in sharing.items():
         programs = {each: each.program for each in processes if each.program}
         different = _different([each.identity for each in programs.values()])
-        units = {each.unit for each in programs if each.program and each.program.identity} - {None}
+        units = {each.place.unit for each in programs if each.program and each.program.identity}
+        units -= {None}
         for each in processes:
             program = programs.get(each)
             names[each] = name
@@ -162,8 +175,8 @@ def _told_apart(evidence: Mapping[int, _Evidence]) -> dict[_Evidence, str | None
                 continue
             if len(different) > 1 and program.identity in different:
                 names[each] = program.identity
-            elif len(different) <= 1 and len(units) > 1 and each.unit and each.unit != name:
-                names[each] = f"{name}@{each.unit}"
+            elif len(different) <= 1 and len(units) > 1 and each.place.unit not in (None, name):
+                names[each] = f"{name}@{each.place.unit}"
     return names
 
 

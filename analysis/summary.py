@@ -7,9 +7,10 @@ from typing import Any, Final
 
 import polars as pl
 
+from scope_ebpf.analysis.numbers import LifeOf
+from scope_ebpf.analysis.services import service_lives
 from scope_ebpf.recording.directory import META_FILE
 from scope_ebpf.recording.reader import Recording
-from scope_ebpf.recording.schema import SCHEMAS
 from scope_ebpf.syscalls import errno_name
 
 # Durations are counted in buckets of this many per power of two, so that quantiles of any number of
@@ -25,6 +26,7 @@ class TableSummary:
     lost: int
     bytes_on_disk: int
     bytes_per_row: float | None  # None: there are no rows
+    dropped: int  # rows that the quota removed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,22 @@ class OffCpuSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServiceSummary:
+    """All processes of one service that run in the same unit or container."""
+
+    service: str | None  # None: the rows that would name the processes were lost
+    place: (
+        str | None
+    )  # such as `nginx.service` or `docker 4f1c2d3e5a6b`; None: in none, or not known
+    processes: int
+    calls: int
+    errors: int
+    calls_ns: int
+    waiting_ns: int
+    runnable_ns: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """See `summarize`."""
 
@@ -69,10 +87,17 @@ class Summary:
     bytes_on_disk: int
     syscalls: list[SyscallSummary]
     offcpu: list[OffCpuSummary]
+    services: list[ServiceSummary]
     payload_bytes: int  # of each head at most; 0: none was kept
     transport: str  # how records came out of the kernel: rings or perf
     redacted: bool  # heads were masked before they were written
     recorder: dict[str, Any]
+    keep_bytes: int | None
+    keep_ns: int | None
+    dropped_rows: int
+    kept_since_ns: (
+        int | None
+    )  # nothing of what was before is left, from the recording's start; None: all is
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,6 +117,9 @@ def summarize(recording: Recording) -> Summary:
     - `bytes_on_disk`: segments and meta.json
     - `syscalls`: per name, longest total time first; quantiles to 2.2 %
     - `offcpu`: per name of process, longest first
+    - `services`: per service and where it runs, those with most calls first
+    - `keep_bytes`, `keep_ns`: the quota, if there is one; `dropped_rows`: what it removed, and
+      `kept_since_ns`: everything that was before, in nanoseconds since the start
     - `recorder`: what recording took: `cpu_percent` of one CPU, `peak_rss_bytes`
     - `notes`: sentences about what went wrong, first of all if it is not complete
 
@@ -106,12 +134,12 @@ def summarize(recording: Recording) -> Summary:
     lost = _losses(recording)
     lost_payloads = max(lost.pop("payloads", 0), _counted(recording, "payloads"))
     lost_tasks = max(lost.pop("tasks", 0), _counted(recording, "tasks"), meta.lost_tasks)
-    tables = {name: _table(recording, name, lost.get(name, 0)) for name in SCHEMAS}
+    tables = {name: _table(recording, name, lost.get(name, 0)) for name in recording.tables}
     comms = _comms(recording)
-    seen = recording.collect(
-        recording.processes.select(pl.col("tgid", "tid").n_unique()),
-    )
-    tgids, tids = seen.row(0)
+    lives = service_lives(recording.collect(recording.processes))
+    # a later process or thread may have the number of one that ended
+    told = recording.processes.select("tid", "start_boottime_ns").unique()
+    threads = recording.collect(told).height
     return Summary(
         path=str(recording.path),
         complete=meta.complete,
@@ -119,8 +147,8 @@ def summarize(recording: Recording) -> Summary:
         duration_ns=_duration_ns(recording),
         host=asdict(meta.host),
         targets=[asdict(target) for target in meta.targets],
-        processes=tgids,
-        threads=tids,
+        processes=len(lives),
+        threads=threads,
         tables=tables,
         lost_total=sum(table.lost for table in tables.values()) + lost_payloads + lost_tasks,
         lost_payloads=lost_payloads,
@@ -129,9 +157,16 @@ def summarize(recording: Recording) -> Summary:
         + (recording.path / META_FILE).stat().st_size,
         syscalls=_syscalls(recording),
         offcpu=_offcpu(recording, comms),
+        services=_services(recording, lives),
         payload_bytes=meta.payload_bytes,
         transport=meta.transport,
         redacted=meta.redacted,
+        keep_bytes=meta.keep_bytes,
+        keep_ns=meta.keep_ns,
+        dropped_rows=sum(table.dropped for table in tables.values()),
+        kept_since_ns=None
+        if meta.dropped_until_ns is None
+        else max(meta.dropped_until_ns - meta.started_ns, 0),
         recorder=asdict(meta.recorder),
         notes=[*_incomplete(recording), *meta.notes],
     )
@@ -155,6 +190,7 @@ def _table(recording: Recording, name: str, lost: int) -> TableSummary:
         lost=max(lost, _counted(recording, name)),
         bytes_on_disk=size,
         bytes_per_row=round(size / rows, 1) if rows else None,
+        dropped=count.dropped if (count := recording.meta.tables.get(name)) else 0,
     )
 
 
@@ -168,7 +204,7 @@ def _incomplete(recording: Recording) -> list[str]:
     missing = {
         name: count.rows - recording.rows(name)
         for name, count in recording.meta.tables.items()
-        if name in SCHEMAS and count.rows > recording.rows(name)
+        if name in recording.tables and count.rows > recording.rows(name)
     }
     if missing:
         what = ", ".join(f"{rows} rows of {name}" for name, rows in missing.items())
@@ -267,3 +303,23 @@ def _offcpu(recording: Recording, comms: dict[int, str]) -> list[OffCpuSummary]:
         .sort(pl.col("waiting_ns") + pl.col("runnable_ns"), "comm", descending=[True, False])
     )
     return [OffCpuSummary(**row) for row in frame.iter_rows(named=True)]
+
+
+def _services(recording: Recording, lives: pl.DataFrame) -> list[ServiceSummary]:
+    life = LifeOf(lives).expression(pl.col("start_ns"))
+    failed = pl.col("result").is_between(-4095, -1)
+    calls = recording.syscalls.group_by(life).agg(
+        calls=pl.len(), errors=failed.sum(), calls_ns=pl.col("duration_ns").sum()
+    )
+    off = recording.offcpu.group_by(life).agg(pl.col("waiting_ns", "runnable_ns").sum())
+    counts = ["calls", "errors", "calls_ns", "waiting_ns", "runnable_ns"]
+    found = (
+        lives.with_row_index("life")
+        .select(pl.col("life").cast(pl.Int64), "service", "place", processes=pl.lit(1))
+        .join(recording.collect(calls), on="life", how="full", coalesce=True, nulls_equal=True)
+        .join(recording.collect(off), on="life", how="full", coalesce=True, nulls_equal=True)
+        .group_by("service", "place")
+        .agg(pl.col("processes", *counts).sum())
+        .sort("calls", "processes", "service", "place", descending=[True, True, False, False])
+    )
+    return [ServiceSummary(**row) for row in found.iter_rows(named=True)]

@@ -100,14 +100,14 @@ def thread_times(recording: Recording, tgids: Sequence[int] | None = None) -> pl
     parts["python_ns"] = np.where(ticked > 0, in_python, 0)
     parts["native_ns"] = np.where(ticked > 0, rest - in_python, 0)
     parts["running_ns"] = np.where(ticked > 0, 0, rest)
-    names = thread_names(recording, threads)
+    names = thread_names(recording, lives.select(LIFE))
     found = lives.with_columns(
         **{name: pl.Series(values, dtype=pl.Int64) for name, values in parts.items()},
         samples=pl.Series(samples),
         gc_ns=_collections(recording, lives),
     )
     return (
-        found.join(names, on=THREAD, how="left", maintain_order="left")
+        found.join(names, on=LIFE, how="left", maintain_order="left")
         .join(_holders(recording, lives, gil), on=LIFE, how="left", maintain_order="left")
         .with_columns(pl.col("gil_holders").fill_null(pl.lit([], HOLDERS)))
         .select(pl.col(name).cast(dtype) for name, dtype in THREADS.items())

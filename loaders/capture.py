@@ -5,24 +5,27 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scope_ebpf import records
-from scope_ebpf.errors import LoadError
+from scope_ebpf.errors import LoadError, UsageError
 from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders import extras, hits, tls
-from scope_ebpf.loaders.cgroups import descendants
+from scope_ebpf.loaders.bcc_capture import BccObject, check_options, choose_loader
+from scope_ebpf.loaders.cgroups import descendants, mount_point
 from scope_ebpf.loaders.hit_families import HIT_FAMILIES, add_family
 from scope_ebpf.loaders.libbpf import (
     BpfObject,
+    PerfEventsRefusedError,
     Uprobe,
     has_cookies,
     possible_cpus,
     tracepoint_arguments,
 )
+from scope_ebpf.loaders.newcomers import Newcomers
 from scope_ebpf.loaders.python import calls, watch
 from scope_ebpf.loaders.python.functions import Spec
 from scope_ebpf.loaders.python.watch import PythonWatch
@@ -114,6 +117,7 @@ class CaptureOptions:
         follow: record the targets' children, too.
         families: which tables to fill, of FAMILIES and EXTRA_FAMILIES.
         probes: the user's own.
+        bcc_probes: programs for BCC that the user wrote.
         commands: programs that the targets are about to execute: libraries are sought beside them.
         calls: Python functions whose calls are recorded; the number of a hit's probe is a place in it.
         payload_bytes: how much of a payload's head to keep; 0 for nothing.
@@ -121,6 +125,7 @@ class CaptureOptions:
         long_wait_ns: a wait in a system call that is as long gets a stack.
         hot_slots, wide_slots: slots per CPU, powers of two; None for a size that fits the host.
         transport: how records come out of the kernel: `rings`, `perf`, or `auto` for the first that works.
+        loader: libbpf, bcc, or auto: libbpf where the kernel has type information.
     """
 
     tgids: tuple[int, ...] = ()
@@ -130,6 +135,7 @@ class CaptureOptions:
     follow: bool = True
     families: tuple[str, ...] = FAMILIES
     probes: tuple[ProbeSpec, ...] = ()
+    bcc_probes: tuple[Path, ...] = ()
     commands: tuple[Path, ...] = ()
     calls: tuple[Spec, ...] = ()
     payload_bytes: int = 512
@@ -138,6 +144,7 @@ class CaptureOptions:
     hot_slots: int | None = None
     wide_slots: int | None = None
     transport: str = "auto"
+    loader: str = "auto"
 
 
 @dataclass
@@ -191,12 +198,23 @@ class Capture:
         )
         # what of the chosen families is missing, and why
         self.notes: list[str] = []
+        # device and inode of those that were met
+        self._libraries: set[tuple[int, int]] = set()
+        self._newcomers: Newcomers | None = None
         self.places = hits.Places()
         for probe in options.probes:
             self.places.add_spec(probe)
         self.notes += self.places.notes
+        self.loader = choose_loader(options.loader)
+        if self.loader == "bcc":
+            check_options(options.families, probes=bool(options.probes), calls=bool(options.calls))
+            if options.transport == "perf":
+                raise UsageError(
+                    "--loader bcc brings its records out through rings only; leave --transport perf away"
+                )
         # how messages through io_uring are seen, once a recorded process has one
-        self.rings = extras.choose() if "messages" in options.families else extras.Way("")
+        extra = self.loader == "libbpf" and "messages" in options.families
+        self.rings = extras.choose() if extra else extras.Way("")
         self._rings_attached = False
         wanted = sorted(set(HIT_FAMILIES) & set(options.families))
         self._places_are_told = not (options.probes or wanted) or has_cookies()
@@ -205,7 +223,8 @@ class Capture:
             if options.probes:
                 raise LoadError(f"cannot use --probe: {reason}; record without it")
             self.notes.append(f"{' and '.join(wanted)} cannot be recorded: {reason}")
-        transports = choose_transport(options.transport)
+        # BCC's form of the probes has rings only
+        transports = choose_transport("rings" if self.loader == "bcc" else options.transport)
         try:
             self._open(transports[0])
         except LoadError as error:
@@ -220,7 +239,12 @@ class Capture:
             )
 
     def _open(self, transport: type[Transport]) -> None:
-        self._object = BpfObject(transport.object_path)
+        # BccObject has what is used of the other one
+        self._object = (
+            cast(BpfObject, BccObject())
+            if self.loader == "bcc"
+            else BpfObject(transport.object_path)
+        )
         self._transport = transport(self._object, self.cpus)
         try:
             self._load()
@@ -259,7 +283,7 @@ class Capture:
         """
         families = self.options.families
         chosen: tuple[str, ...] = (*self._transport.programs, *LIFE_PROGRAMS)
-        if self.options.cgroup is not None:
+        if self.options.cgroup is not None or self.options.everything:
             chosen += CGROUP_PROGRAMS
         if "offcpu" in families:
             chosen += ("on_sched_waking",)
@@ -277,7 +301,8 @@ class Capture:
 
     def _load(self) -> None:
         options, families = self.options, self.options.families
-        check_layout(self._object)
+        if self.loader == "libbpf":
+            check_layout(self._object)
         self._object.select(
             {
                 *self._programs(),
@@ -345,6 +370,8 @@ class Capture:
         memory = self._object.map_memory(".bss", length, writable=True)
         offset, _ = variables["marks_wanted"]
         self._marks = np.frombuffer(memory, np.dtype("<u8"), 1, offset)
+        offset, _ = variables["tellings"]
+        self._tellings = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         offset, _ = variables["entries_seen"]
         self._entries_seen = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         offset, _ = variables["tls_wanted"]
@@ -391,8 +418,20 @@ class Capture:
             self._attach_tls(tgids)
         if self._pythons is not None:
             self.notes += self._pythons.attach(tgids, self.options.commands)
+        if self.options.everything or self.options.cgroup is not None:
+            self._newcomers = Newcomers()
+            self._newcomers.know(tgids)
+            if mount_point() is None:
+                self.notes.append(
+                    "cgroups have no paths: no unified hierarchy (cgroup v2) is mounted; services are"
+                    " named by their commands only"
+                )
         if "samples" in self.options.families:
-            self._object.attach_clock("on_tick", self.options.sample_hz)
+            try:
+                self._object.attach_clock("on_tick", self.options.sample_hz)
+            except PerfEventsRefusedError as error:
+                # stacks of waits and messages need no clock
+                self.notes.append(f"what runs on a CPU is not sampled: {error}")
         if self._records_hits():
             self._attach_hits(tgids)
         if self.options.calls:
@@ -416,6 +455,8 @@ class Capture:
         One that cannot be probed does not end the recording of all the rest: it is noted.
         """
         for path in tls.find_libraries(tgids, self.options.commands):
+            if not self._is_new(path):
+                continue
             try:
                 for site in tls.library_sites(path):
                     self._object.attach_uprobe(
@@ -424,6 +465,36 @@ class Capture:
             except LoadError as error:
                 self.notes.append(f"TLS through {path} is not recorded: {error}")
         self._tls_wanted[0] = 1
+
+    def _is_new(self, path: Path) -> bool:
+        """Whether a library was not met before; from now on it was."""
+        try:
+            status = path.stat()
+        except OSError:
+            return False
+        identity = (status.st_dev, status.st_ino)
+        known = identity in self._libraries
+        self._libraries.add(identity)
+        return not known
+
+    def watch_files(self, batch: Batch) -> list[str]:
+        """Put probes into files of programs that began in this batch; returns sentences about failures.
+
+        For a cgroup and for the host; it needs the capabilities to attach.
+        """
+        if self._newcomers is None:
+            return []
+        for _, _, slots in batch.wide:
+            self._newcomers.expect(watch.executed(slots))
+        tgid = self._newcomers.due()
+        if tgid is None:
+            return []
+        before = len(self.notes)
+        if "tls" in self.options.families:
+            self._attach_tls({tgid})
+        if self._pythons is not None:
+            self.notes += self._pythons.attach({tgid}, ())
+        return self.notes[before:]
 
     def find_pythons(self, tasks: Records) -> list[dict[str, Any]]:
         """Look for interpreters among processes that were marked; returns rows of `interpreters`.
@@ -508,6 +579,14 @@ class Capture:
             self._pythons.expect(set(marked["tgid"][marked["seen_before"] == 0].tolist()))
         self._meet_connections()
         return marked
+
+    def tell_again(self) -> None:
+        """Have connections, stacks and code objects told again at their next sight.
+
+        What is drained after the next drain() refers only to what is told from now on, but for calls that
+        end at this moment on another CPU: then what was told before is not needed to read what comes.
+        """
+        self._tellings[0] += 1
 
     def _meet_connections(self) -> None:
         """Fix where the bytes of open connections are counted from; their calls are seen already."""

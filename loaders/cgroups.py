@@ -61,12 +61,21 @@ def descendants(directory: Path) -> dict[int, Path]:
 
 
 class CgroupPaths:
-    """Paths of cgroups by id, looked up in the mounted hierarchy as they are needed."""
+    """Paths of cgroups by id: as the kernel told them when they were made, else looked up when needed."""
+
+    KEPT = 1 << 16
 
     def __init__(self) -> None:
         """Know nothing yet."""
         self._root = mount_point()
         self._paths: dict[int, str | None] = {}
+
+    def learn(self, identity: int, path: str) -> None:
+        """A cgroup was made; it may be gone before anybody asks for it."""
+        self._paths.pop(identity, None)
+        self._paths[identity] = path
+        while len(self._paths) > self.KEPT:
+            del self._paths[next(iter(self._paths))]  # what is still there is found again
 
     def path(self, identity: int) -> str | None:
         """The cgroup's path below the root of the hierarchy; None if it is gone or not visible."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from scope_ebpf.errors import FormatError, ScopeError
 from scope_ebpf.families import FAMILIES
-from scope_ebpf.loaders import cgroups, extras, privileges, tls
+from scope_ebpf.loaders import bcc, cgroups, extras, privileges, tls
 from scope_ebpf.loaders.capture import (
     HOT_BYTES_IN_ALL,
     WIDE_BYTES_IN_ALL,
@@ -33,6 +33,11 @@ from scope_ebpf.loaders.trial import AT_LEAST, RINGS, TIMES, record_workload
 
 # include/linux/proc_ns.h: the inodes of the namespaces that the kernel boots with.
 INITIAL_USER_NAMESPACE = 0xEFFFFFFD
+
+BCC_PROGRAM = """
+#include <linux/sched.h>
+int on_exit(struct bpf_raw_tracepoint_args *ctx) { return sizeof(struct task_struct) == 0; }
+"""
 
 WHAT_IS_COUNTED = {
     "processes": "exits of a process",
@@ -101,6 +106,7 @@ def examine(*tgids: int) -> list[Check]:
         tell_lockdown(),
         tell_cgroups(),
         tell_breakpoints(),
+        check_bcc(),
         tell_tracefs(),
         tell_settings(),
         tell_statistics(),
@@ -442,6 +448,22 @@ def tell_breakpoints() -> Check:
     return Check(
         name, None, f"those in hardware work, at {trap_ns / 1000:.1f} us each: for --calls"
     )
+
+
+def check_bcc() -> Check:
+    """Compile a small program with BCC, and load it: for --bcc-probe and --loader bcc."""
+    name = "loader bcc"
+    try:
+        program = bcc.compile_program(BCC_PROGRAM, "a small program")
+        try:
+            bcc.load_function(program, "on_exit")
+        finally:
+            bcc.clean_up(program)
+    except ScopeError as error:
+        # nothing else needs it: it is not offered, and the cause says why
+        return replace(failed(name, error), works=None)
+    version = bcc.load_bcc().__version__
+    return Check(name, True, f"BCC {version} compiles for this kernel: --bcc-probe, --loader bcc")
 
 
 def tell_tracefs(mounts: Path = cgroups.MOUNTS) -> Check:

@@ -22,6 +22,8 @@ from scope_ebpf.loaders.elf import ElfObject
 from scope_ebpf.loaders.perf import open_cpu_clock
 
 LOG_LINES = 400
+# Of a map, to look at: more than any of ours has.
+MOST_ELEMENTS = 1 << 18
 LIBBPF_DEBUG = 2  # enum libbpf_print_level
 LOG_BYTES = 1 << 20  # libbpf hands over the whole log of the verifier at once
 PRINT_CALLBACK = c.CFUNCTYPE(c.c_int, c.c_int, c.c_char_p, c.c_void_p)
@@ -53,6 +55,18 @@ class Uprobe(NamedTuple):
     offset: int
     cookie: int = 0
     semaphore: int = 0
+
+
+class PerfEventsRefusedError(LoadError):
+    """The kernel opens no perf events for who has CAP_PERFMON only (Debian's and Ubuntu's patches)."""
+
+
+def perf_event_paranoid() -> str:
+    """The kernel's setting of that name."""
+    try:
+        return Path("/proc/sys/kernel/perf_event_paranoid").read_text().strip()
+    except OSError:
+        return "unknown"
 
 
 class _UprobeOptions(c.Structure):
@@ -361,6 +375,12 @@ class BpfObject:
             if descriptor == -errno.ENODEV:  # it is not online
                 continue
             self._lib.log.clear()
+            if descriptor == -errno.EACCES:
+                raise PerfEventsRefusedError(
+                    "cannot open a sampling clock: kernel.perf_event_paranoid is"
+                    f" {perf_event_paranoid()}, with which kernels of some distributions ask for"
+                    " CAP_SYS_ADMIN; run as root, or `sysctl kernel.perf_event_paranoid=2`"
+                )
             self._check(descriptor, f"open a sampling clock on CPU {cpu}")
             self.attach_descriptor(name, descriptor)
 
@@ -420,17 +440,22 @@ class BpfObject:
         self._check(result, f"update the map {name}")
 
     def elements(self, name: str, key_bytes: int, value_bytes: int) -> list[bytes]:
-        """The values in a hash map, which nobody changes meanwhile."""
+        """The values in a hash map.
+
+        While somebody deletes elements, others may come more than once, since a key that is gone leads
+        back to the first one; that ends after a while.
+        """
         descriptor = self.map_fd(name)
         found: list[bytes] = []
         key, value = None, c.create_string_buffer(value_bytes)
-        while True:
+        for _ in range(MOST_ELEMENTS):
             following = c.create_string_buffer(key_bytes)
             if self._lib.map_next_key(descriptor, key, following):
                 return found
             if not self._lib.map_lookup(descriptor, following, value):
                 found.append(value.raw)
             key = following
+        return found
 
     def map_memory(self, name: str, length: int, *, writable: bool = False) -> mmap.mmap:
         """Map a BPF_F_MMAPABLE array's elements into this process."""

@@ -1,4 +1,4 @@
-"""perf_event_open(2): the sampling clock of a CPU, breakpoints on data of a thread, output of programs."""
+"""perf_event_open(2): the sampling clock of a CPU, breakpoints on data, output of BPF programs."""
 
 import ctypes as c
 import errno
@@ -27,7 +27,7 @@ def open_cpu_clock(cpu: int, frequency_hz: int) -> int:
         PERF_TYPE_SOFTWARE, ATTRIBUTES.size, PERF_COUNT_SW_CPU_CLOCK, frequency_hz, 0, 0,
         PERF_FREQUENCY, 0, 0, 0, 0,
     )  # fmt: skip
-    return _open(attributes, EVERY_PROCESS, cpu)
+    return open_event(attributes, EVERY_PROCESS, cpu)
 
 
 def open_bpf_output(cpu: int) -> int:
@@ -36,7 +36,7 @@ def open_bpf_output(cpu: int) -> int:
         PERF_TYPE_SOFTWARE, ATTRIBUTES.size, PERF_COUNT_SW_BPF_OUTPUT, 1, PERF_SAMPLE_RAW, 0,
         PERF_WATERMARK, NO_WAKEUP, 0, 0, 0,
     )  # fmt: skip
-    return _open(attributes, EVERY_PROCESS, cpu)
+    return open_event(attributes, EVERY_PROCESS, cpu)
 
 
 def open_breakpoint(
@@ -63,10 +63,11 @@ def _breakpoint(tid: int, address: int, length: int, kind: int, flags: int) -> i
         PERF_TYPE_BREAKPOINT, ATTRIBUTES.size, 0, 1, PERF_SAMPLE_ADDR, 0, flags, 0,
         kind, address, length,
     )  # fmt: skip
-    return _open(attributes, tid, ANY_CPU)
+    return open_event(attributes, tid, ANY_CPU)
 
 
-def _open(attributes: bytes, tid: int, cpu: int) -> int:
+def open_event(attributes: bytes, tid: int, cpu: int) -> int:
+    """perf_event_open() without a group: a descriptor, or -errno."""
     call = c.CDLL(None, use_errno=True).syscall
     call.restype, call.argtypes = c.c_long, [c.c_long, c.c_char_p, *[c.c_int] * 3, c.c_ulong]
     number = PERF_SYSCALL.get(os.uname().machine)

@@ -1,7 +1,7 @@
 """Perf ring buffers that the probes fill: drained as numpy arrays, without a Python object per event.
 
-Each is a perf event of one CPU for the output of BPF programs, mapped into memory: a page of control data and
-then a power of two of bytes that the kernel writes records into, one after the other around the end.
+Each is a perf event of one CPU for the output of BPF programs, mapped into memory: a page of control data
+and then a power of two of bytes that the kernel writes records into, one after the other around the end.
 Layout: include/uapi/linux/perf_event.h, perf_event_mmap_page and PERF_RECORD_SAMPLE with PERF_SAMPLE_RAW.
 All samples of a ring have the same size, so that what lies between two other records is an array.
 """

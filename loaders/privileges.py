@@ -29,6 +29,13 @@ CAPABILITIES = tuple(f"CAP_{name}" for name in _NAMES.split())  # by number
 NEEDED_TO_LOAD = ("CAP_BPF", "CAP_PERFMON")
 NEEDED_TO_LOOK = ("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")
 NEEDED = NEEDED_TO_LOAD + NEEDED_TO_LOOK
+PURPOSES = {
+    "CAP_BPF": "loads BPF programs and maps",
+    "CAP_PERFMON": "lets them read the kernel's memory, and attaches them",
+    "CAP_SYS_ADMIN": "loads and attaches BPF programs on kernels before 5.8",
+    "CAP_SYS_PTRACE": "looks at other users' processes in /proc and in their memory",
+    "CAP_DAC_READ_SEARCH": "reads their programs and libraries, to find where probes go",
+}
 # What also does, because the kernel asks for either of the two.
 STAND_INS = {
     "CAP_BPF": "CAP_SYS_ADMIN",
@@ -181,6 +188,20 @@ def missing(
             continue
         absent[STAND_INS[name] if CAPABILITIES.index(name) > newest else name] = None
     return tuple(absent)
+
+
+def require(held: Iterable[str], action: str, wanted: Iterable[str] = NEEDED) -> None:
+    """Refuse to begin an action without what it needs.
+
+    Raises:
+        ScopeError: it names what is missing, and what for.
+    """
+    absent = missing(held, wanted)
+    if absent:
+        first = f"{absent[0]} is missing, which {PURPOSES[absent[0]]}"
+        others = f" (and {', '.join(absent[1:])})" if absent[1:] else ""
+        grant = "them" if others else "it"
+        raise ScopeError(f"cannot {action}: {first}{others}; run as root, or grant {grant}")
 
 
 def parse_id(text: str | None) -> int | None:

@@ -168,9 +168,13 @@ def mapped_files(maps: str) -> set[str]:
 def root_of(tgid: int) -> Path:
     """Where a process's root directory is for us."""
     try:
-        same = os.readlink(PROC / str(tgid) / "ns/mnt") == os.readlink("/proc/self/ns/mnt")
-        if same and os.readlink(PROC / str(tgid) / "root") == "/":
-            return Path("/")
+        if os.readlink(PROC / str(tgid) / "root") == "/":
+            namespace = os.readlink(PROC / str(tgid) / "ns/mnt")
+            if namespace == os.readlink("/proc/self/ns/mnt"):
+                return Path("/")
+            # a service that systemd gives another view of the files than the host's
+            if namespace == os.readlink("/proc/1/ns/mnt"):
+                return PROC / "1/root"
     except OSError:
         pass
     return PROC / str(tgid) / "root"

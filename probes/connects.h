@@ -30,7 +30,7 @@ struct mover {
 	__u32 reserved;
 };
 
-#define READ(to, length, address) \
+#define READ_REMOTE(to, length, address) \
 	(in_kernel ? bpf_probe_read_kernel(to, length, address) : bpf_probe_read_user(to, length, address))
 
 /* What user space passed, by its own length: a path need not end in zero, and may fill the array. */
@@ -41,15 +41,15 @@ static __always_inline void read_remote(struct connect *connect, __u64 address, 
 	struct user_sockaddr_in four = {};
 	__u16 family = 0;
 
-	if (length < sizeof(family) || READ(&family, sizeof(family), (void *)address))
+	if (length < sizeof(family) || READ_REMOTE(&family, sizeof(family), (void *)address))
 		return;
 	if (family == AF_INET && length >= sizeof(four)) {
-		if (READ(&four, sizeof(four), (void *)address))
+		if (READ_REMOTE(&four, sizeof(four), (void *)address))
 			return;
 		connect->remote_port = __builtin_bswap16(four.port);
 		__builtin_memcpy(connect->remote_address, four.address, sizeof(four.address));
 	} else if (family == AF_INET6 && length >= sizeof(six)) {
-		if (READ(&six, sizeof(six), (void *)address))
+		if (READ_REMOTE(&six, sizeof(six), (void *)address))
 			return;
 		connect->remote_port = __builtin_bswap16(six.port);
 		__builtin_memcpy(connect->remote_address, six.address, sizeof(six.address));
@@ -60,7 +60,7 @@ static __always_inline void read_remote(struct connect *connect, __u64 address, 
 		/* hides the comparison from the compiler, as in class_of() */
 		asm volatile("" : "+r"(length));
 		length &= PATH_MASK;
-		if (READ(connect->remote_path, length, (void *)(address + sizeof(family))))
+		if (READ_REMOTE(connect->remote_path, length, (void *)(address + sizeof(family))))
 			return;
 	} else {
 		return; /* AF_UNSPEC: it disconnects */
@@ -68,7 +68,7 @@ static __always_inline void read_remote(struct connect *connect, __u64 address, 
 	connect->remote_family = family;
 }
 
-#undef READ
+#undef READ_REMOTE
 
 /* A row of connects for one end; `flight` has where the address is as arg1, and its length as arg2. */
 static __always_inline int write_connected(struct cpu_state *cpu, struct target_end *end,

@@ -53,6 +53,7 @@ enum record_kind {
 	RECORD_CODE = 16,	 /* wide: a part of a row of codes */
 	RECORD_HIT = 17,	 /* wide: a row of hits */
 	RECORD_PYTHON_CALL = 18, /* wide: a row of hits, of a Python function */
+	RECORD_CGROUP = 19,	 /* wide: a process record that holds a new cgroup and, as command line, its path */
 };
 
 /* What can be lost, counted per CPU. */
@@ -103,6 +104,8 @@ enum process_event {
 	PROCESS_EXEC = 3,
 	PROCESS_EXIT = 4,	 /* the last thread of a process ended */
 	PROCESS_THREAD_EXIT = 5,
+	PROCESS_MOVED = 6, /* to another cgroup */
+	PROCESS_STILL = 7, /* told again, so that what was told before can go: see loaders/capture.py */
 };
 
 /* How user space finds a message's bytes: what each syscall number is for messages. */

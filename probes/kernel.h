@@ -10,6 +10,11 @@
 #ifndef SCOPE_KERNEL_H
 #define SCOPE_KERNEL_H
 
+/* BCC compiles against the running kernel's own headers: the same names as below are in there. */
+#ifdef SCOPE_BCC
+#include "bcc/kernel.h"
+#else
+
 typedef unsigned char __u8;
 typedef signed char __s8;
 typedef unsigned short __u16;
@@ -82,6 +87,9 @@ enum bpf_func_id {
 #define FIELD_OF(pointer, first, second) (pointer)->first->second
 #define GLOBAL __noinline
 #endif
+/* A field of a tracepoint's argument, or of what that points to: ARG_FIELD(task, mm, arg_start). */
+#define ARG_FIELD(pointer, fields...) ___arrow(pointer, ##fields)
+#define RAW_ARGUMENT(context, number) ((context)[number])
 #define CACHE_LINE 64
 
 /* The compiler's idea of these layouts is replaced at load, so their holes mean nothing. */
@@ -145,12 +153,12 @@ struct pt_regs {
 #define COMPAT_ARG1(regs) ((__u32)(regs)->regs[1])
 #define COMPAT_ARG2(regs) ((__u32)(regs)->regs[2])
 #define TIF_32BIT_MASK (1UL << 22)
-#define FUNCTION_ARG0(regs) ((regs)->regs[0])
-#define FUNCTION_ARG1(regs) ((regs)->regs[1])
-#define FUNCTION_ARG2(regs) ((regs)->regs[2])
-#define FUNCTION_ARG3(regs) ((regs)->regs[3])
-#define FUNCTION_ARG4(regs) ((regs)->regs[4])
-#define FUNCTION_RESULT(regs) ((regs)->regs[0])
+#define FUNCTION_ARG0(registers) ((registers)->regs[0])
+#define FUNCTION_ARG1(registers) ((registers)->regs[1])
+#define FUNCTION_ARG2(registers) ((registers)->regs[2])
+#define FUNCTION_ARG3(registers) ((registers)->regs[3])
+#define FUNCTION_ARG4(registers) ((registers)->regs[4])
+#define FUNCTION_RESULT(registers) ((registers)->regs[0])
 #define TICK_INSTRUCTION(words) ((words)[32])
 #define TICK_IN_USER_MODE(words) (((words)[33] & 15) == 0) /* pstate */
 #define STACK_POINTER(regs) ((regs)->sp)
@@ -176,9 +184,14 @@ struct cgroup_subsys_state {
 	struct cgroup_subsys_state *parent;
 } KERNEL_TYPE;
 
+struct cgroup_root {
+	int hierarchy_id; /* 0: the unified hierarchy */
+} KERNEL_TYPE;
+
 struct cgroup {
 	struct cgroup_subsys_state self;
 	struct kernfs_node *kn;
+	struct cgroup_root *root;
 } KERNEL_TYPE;
 
 struct css_set {
@@ -236,7 +249,7 @@ struct task_struct {
 	struct thread_info thread_info;
 	unsigned int __state;
 	unsigned int flags;
-	unsigned int on_cpu; /* __u8 in 7.3; libbpf adapts the width of unsigned loads only */
+	unsigned int on_cpu; /* a byte from 7.x on: libbpf narrows the load only of what has no sign */
 	unsigned int cpu; /* before 5.16 without THREAD_INFO_IN_TASK; see task_cpu() */
 	struct mm_struct *mm;
 	int exit_state; /* not 0: it has ended, and waits for its parent */
@@ -460,6 +473,8 @@ enum {
 
 #pragma clang diagnostic pop
 
+#endif
+
 /* User space's ABI: these do not move. */
 struct user_sockaddr_in {
 	__u16 family;
@@ -496,6 +511,8 @@ struct user_mmsghdr {
 	__u32 length;
 	__u32 padding;
 };
+
+#ifndef SCOPE_BCC
 
 /*
  * Since 6.2 (commit 541c3bad8dc5) any address can be given a kernel type, and its fields be loaded without
@@ -543,5 +560,7 @@ static __always_inline bool task_is_compat(__u64 task)
 	return READ_FIELD(struct task_struct, (void *)task, thread_info.flags) & TIF_32BIT_MASK;
 #endif
 }
+
+#endif
 
 #endif

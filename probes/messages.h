@@ -19,7 +19,11 @@
 #include "payloads.h"
 
 enum {
+#ifdef SCOPE_BCC /* as MAX_QUEUED_BUFFERS in endpoints.h: of more the bytes are not counted */
+	MAX_HEADERS = 64,
+#else
 	MAX_HEADERS = 1024, /* UIO_MAXIOV, the kernel's own limit for sendmmsg and recvmmsg */
+#endif
 };
 
 /* Where a TCP socket's receiver stands. A FIN has a number, too: it is not a byte of the stream. */
@@ -94,6 +98,50 @@ enum {
 	ALSO_CALL = 1 << 8, /* in write_end's `flags`: let the record be the row of syscalls, too */
 };
 
+#ifdef SCOPE_BCC
+/*
+ * In `reserved2` of the CPU's state: what on_sys_exit hands over to on_message. All of it in one program is
+ * more than the verifier looks at, since BCC has no functions that it could look at by themselves.
+ */
+enum handed {
+	HANDED_DURATION,
+	HANDED_STATUS,
+	HANDED_FRESH, /* bits of ends that were met just now: 1 of a receive, 2 of a send */
+};
+
+BPF_PROG_ARRAY(stages, 1);
+
+/* Meets the ends of the call in flight, so that on_message finds them. */
+static __always_inline void meet_ends(struct cpu_state *cpu, __u8 class, struct pt_regs *regs, __s64 result)
+{
+	bool idle = class >= MESSAGE_BIRTH_RESULT, receive = class & MESSAGE_RECEIVE;
+	struct task_struct *task = CURRENT_TASK();
+	struct target_end end;
+	int fds[2] = {};
+	__u64 met = 0, i;
+
+	fds[0] = cpu->flight.arg0;
+	fds[1] = -1;
+	if (class == MESSAGE_BIRTH_RESULT)
+		fds[0] = result;
+	else if (class == MESSAGE_BIRTH_PAIR || class == MESSAGE_BIRTH_FOURTH)
+		bpf_probe_read_user(fds, sizeof(fds),
+				    (void *)(class == MESSAGE_BIRTH_PAIR ? cpu->flight.arg0
+									 : SYSCALL_ARG3(regs)));
+	else if (class == MESSAGE_SPLICE) {
+		fds[1] = cpu->flight.arg2;
+		receive = true;
+	}
+#pragma clang loop unroll(disable)
+	for (i = 0; i < 2; i++) {
+		if (!resolve(task, i ? fds[1] : fds[0], &end))
+			continue;
+		if ((!idle || counts_bytes(&end)) && meet(&end, idle))
+			met |= i || !receive ? 2 : 1;
+	}
+	cpu->reserved2[HANDED_FRESH] = idle ? 0 : met;
+}
+#else
 /* What is known of recorded threads' io_urings: then user space attaches the programs of sockets.h. */
 enum {
 	RING_MET = 1,
@@ -146,6 +194,7 @@ static __always_inline void doubt(struct target_end *end, struct endpoint *known
 
 static __always_inline int write_pieces(struct cpu_state *cpu, __u64 hot_index, __u32 length,
 					struct transfer *transfer);
+#endif
 
 /* One row of messages for one end. Returns whether a record was written or counted as lost. */
 static __always_inline int write_moved(struct cpu_state *cpu, struct target_end *end, struct mover *mover,
@@ -159,9 +208,16 @@ static __always_inline int write_moved(struct cpu_state *cpu, struct target_end 
 	__u8 flags = flags_and_class;
 
 	known = bpf_map_lookup_elem(&endpoints, &end->key);
+#ifdef SCOPE_BCC
+	fresh = cpu->reserved2[HANDED_FRESH] & (receive ? 1 : 2);
+	if (known && !is_current(end, known))
+		known = NULL;
+#endif
 	if (!known || !is_current(end, known)) {
+#ifndef SCOPE_BCC
 		fresh = meet(end, false);
 		known = bpf_map_lookup_elem(&endpoints, &end->key);
+#endif
 		if (!known) {
 			count_loss(cpu, LOSS_MESSAGES);
 			if (flags_and_class & ALSO_CALL)
@@ -169,11 +225,13 @@ static __always_inline int write_moved(struct cpu_state *cpu, struct target_end 
 			return true;
 		}
 	}
+#ifndef SCOPE_BCC
 	if (mover->transfer)
 		doubt(end, known);
+#endif
 	start_ns = mover->flight->start_ns;
 	stream_end = advance(end, known, fresh, receive, flags & FLAG_PEEK, length, start_ns);
-	if (!known->announced)
+	if (known->announced != THIS_TELLING)
 		announce(cpu, end, known);
 	if (known->inexact)
 		flags |= FLAG_INEXACT;
@@ -182,6 +240,8 @@ static __always_inline int write_moved(struct cpu_state *cpu, struct target_end 
 		if (!mover->transfer)
 			cpu->turned = cpu->interpreter != 0;
 	}
+	flags = UNKNOWN_TO_VERIFIER(cpu, flags);
+	stream_end = UNKNOWN_TO_VERIFIER(cpu, stream_end);
 	message = hot_reserve(cpu, &index);
 	if (!message) {
 		count_loss(cpu, LOSS_MESSAGES);
@@ -189,9 +249,14 @@ static __always_inline int write_moved(struct cpu_state *cpu, struct target_end 
 			count_loss(cpu, LOSS_SYSCALLS);
 		return true;
 	}
-	if ((flags & FLAG_TURN) && payload_limit && length &&
-	    (mover->transfer ? write_pieces(cpu, index, length, mover->transfer)
-			     : write_payload(WITH_CPU index, length, shape)))
+#ifndef SCOPE_BCC
+	if (mover->transfer) {
+		if ((flags & FLAG_TURN) && payload_limit && length &&
+		    write_pieces(cpu, index, length, mover->transfer))
+			flags |= FLAG_PAYLOAD;
+	} else
+#endif
+	if ((flags & FLAG_TURN) && payload_limit && length && write_payload(WITH_CPU index, length, shape))
 		flags |= FLAG_PAYLOAD;
 	message->number = mover->flight->number;
 	message->kind = flags_and_class & ALSO_CALL ? RECORD_MESSAGE_CALL : RECORD_MESSAGE;
@@ -227,9 +292,10 @@ __noinline int write_end(OF_CPU __u32 fd, __u32 length, __u64 duration_ns, __u32
 }
 
 /* Bytes of all messages of a sendmmsg or recvmmsg. */
-__noinline int sum_headers(__u64 headers, __u32 count)
+GLOBAL int sum_headers(__u64 headers, __u32 count)
 {
-	__u32 length, total = 0, i;
+	__u32 length, total = 0;
+	__u64 i; /* as wide as registers, as in payloads.h */
 
 	for (i = 0; i < MAX_HEADERS && i < count; i++) {
 		length = 0;
@@ -268,11 +334,17 @@ static __always_inline __u8 class_of(__u16 number)
 {
 	__u32 index = number;
 
+#ifdef SCOPE_BCC
+	__u8 *class = bpf_map_lookup_elem(&message_class_table, &index);
+
+	return class ? *class : MESSAGE_NONE;
+#else
 	if (index >= sizeof(message_classes))
 		return MESSAGE_NONE;
 	/* hides the comparison from the compiler, which would drop the mask that the verifier needs */
 	asm volatile("" : "+r"(index));
 	return message_classes[index & (sizeof(message_classes) - 1)];
+#endif
 }
 
 /*
@@ -285,32 +357,30 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 	struct flight *flight = &cpu->flight;
 	__u8 class = class_of(flight->number), shape = class & MESSAGE_SHAPE;
 	__u32 flags = status | (class & MESSAGE_RECEIVE ? FLAG_RECEIVE : 0) | shape << 16;
-	__u32 length = result, message_flags = 0;
-	__u64 arg3;
+	__u32 length = result, message_flags = 0, fd;
+	bool done = false;
+	__u64 arg3, i;
 
 	if (!class)
 		return false;
-	if (result < 0) {
-		if (class == MESSAGE_BIRTH_FIRST)
-			write_connect(WITH_CPU result, duration_ns, status);
+	/* each function is called in one place: BCC puts all of it there */
+	if (class == MESSAGE_BIRTH_FIRST)
+		write_connect(WITH_CPU result, duration_ns, status);
+	if (result < 0)
 		return false;
-	}
 	/* the compiler would merge this load with one of `flight`; the verifier wants them apart */
 	arg3 = SYSCALL_ARG3(regs);
 	asm volatile("" : "+r"(arg3));
+#ifndef SCOPE_BCC
 	if (class == MESSAGE_RING) {
 		meet_ring(flight);
 		return false;
 	}
+#endif
 	if (class >= MESSAGE_BIRTH_RESULT) {
-		if (class == MESSAGE_BIRTH_FIRST)
-			write_connect(WITH_CPU result, duration_ns, status);
+#ifndef SCOPE_BCC
 		meet_new(WITH_CPU class, result, arg3);
-		return false;
-	}
-	if (shape == MESSAGE_SPLICE) {
-		write_end(WITH_CPU flight->arg0, length, duration_ns, flags | FLAG_RECEIVE);
-		write_end(WITH_CPU flight->arg2, length, duration_ns, flags);
+#endif
 		return false;
 	}
 	if (shape == MESSAGE_HEADERS)
@@ -324,11 +394,27 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 	if (message_flags & MSG_PEEK && class & MESSAGE_RECEIVE)
 		flags |= FLAG_PEEK;
 	/* one record for both rows, if it can hold all of the call */
-	if (record_syscalls && length == result && !(flight->arg0 >> 32) && !(flight->arg2 >> 32))
+	if (record_syscalls && shape != MESSAGE_SPLICE && length == result && !(flight->arg0 >> 32) &&
+	    !(flight->arg2 >> 32))
 		flags |= ALSO_CALL;
-	return write_end(WITH_CPU flight->arg0, length, duration_ns, flags) && flags & ALSO_CALL;
+	fd = flight->arg0;
+	if (shape == MESSAGE_SPLICE)
+		flags |= FLAG_RECEIVE;
+	flags = UNKNOWN_TO_VERIFIER(cpu, flags);
+	length = UNKNOWN_TO_VERIFIER(cpu, length);
+#pragma clang loop unroll(disable)
+	for (i = 0; i < 2; i++) {
+		done = write_end(WITH_CPU fd, length, duration_ns, flags) && flags & ALSO_CALL;
+		if (shape != MESSAGE_SPLICE)
+			break;
+		/* from one end into the other */
+		fd = flight->arg2;
+		flags &= ~FLAG_RECEIVE;
+	}
+	return done;
 }
 
+#ifndef SCOPE_BCC
 /* Meets what recorded processes have open, so that it is known before their next call. */
 SEC("iter/task_file")
 int WRITES_AT(LEVEL_TASK, on_list_files, struct bpf_iter__task_file *ctx)
@@ -345,5 +431,7 @@ int WRITES_AT(LEVEL_TASK, on_list_files, struct bpf_iter__task_file *ctx)
 		meet(&end, true);
 	return 0;
 }
+
+#endif
 
 #endif

@@ -27,39 +27,47 @@ struct {
 	__uint(value_size, 64);
 } gathered SEC(".maps");
 
-/* Copies the head of what moved behind the header of a wide slot; returns how many bytes. */
-static __always_inline __u32 copy_buffer(struct payload *payload, __u64 base, __u32 length)
+/*
+ * At most payload_limit. In one piece, so that what is used is what was compared, and not a copy of it that
+ * the compiler kept elsewhere: older verifiers would not know its bound.
+ */
+static __always_inline __u64 within_limit(__u64 bytes)
 {
-	if (length > payload_limit)
-		length = payload_limit;
+	asm volatile("if %0 <= %1 goto +1\n\t%0 = %1" : "+r"(bytes) : "r"((__u64)payload_limit));
+	return bytes;
+}
+
+/* Copies the head of what moved behind the header of a wide slot; returns how many bytes. */
+static __always_inline __u32 copy_buffer(struct payload *payload, __u64 base, __u64 length)
+{
+	length = within_limit(length);
 	/* not in memory now: nothing is copied, and the record says so */
 	return bpf_probe_read_user(payload + 1, length, (void *)base) ? 0 : length;
 }
 
 /* Likewise from up to MAX_VECTORS pieces. */
-static __always_inline __u32 copy_vectors(struct payload *payload, __u64 vectors, __u64 count, __u32 length)
+static __always_inline __u32 copy_vectors(struct payload *payload, __u64 vectors, __u64 count, __u64 length)
 {
-	__u32 copied = 0, part, i, cpu = bpf_get_smp_processor_id();
+	__u32 cpu = bpf_get_smp_processor_id();
+	__u64 copied = 0, part, i; /* as wide as registers: no extension parts them from their bounds */
 	char *bytes = bpf_map_lookup_elem(&gathered, &cpu);
 	struct user_iovec piece;
 
 	if (!bytes)
 		return 0;
-	if (length > payload_limit)
-		length = payload_limit;
+	length = within_limit(length);
 	for (i = 0; i < MAX_VECTORS && i < count && copied < length; i++) {
-		if (copied >= payload_limit ||
-		    bpf_probe_read_user(&piece, sizeof(piece), (void *)(vectors + i * sizeof(piece))))
+		if (bpf_probe_read_user(&piece, sizeof(piece), (void *)(vectors + i * sizeof(piece))))
 			break;
-		part = piece.length < payload_limit ? piece.length : payload_limit;
+		part = within_limit(piece.length);
+		copied = within_limit(copied); /* it is; up to 5.10 the verifier wants to be told */
 		if (bpf_probe_read_user(bytes + copied, part, (void *)piece.base))
 			break; /* what is copied so far is right */
 		copied += part;
 	}
 	if (copied > length)
 		copied = length;
-	if (copied > payload_limit)
-		copied = payload_limit;
+	copied = within_limit(copied);
 	return bpf_probe_read_kernel(payload + 1, copied, bytes) ? 0 : copied;
 }
 
@@ -108,6 +116,9 @@ __noinline int write_payload(OF_CPU __u64 hot_index, __u32 length, __u8 shape)
 	if (!cpu)
 		return false;
 	find_payload(&cpu->flight, shape, &vectors, &count, &base);
+	vectors = UNKNOWN_TO_VERIFIER(cpu, vectors);
+	count = UNKNOWN_TO_VERIFIER(cpu, count);
+	base = UNKNOWN_TO_VERIFIER(cpu, base);
 	if (!vectors && !base)
 		return false; /* sendfile and splice: the bytes were never in the process's memory */
 	payload = reserve_payload(cpu, hot_index, &index);

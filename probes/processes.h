@@ -34,12 +34,12 @@ static __always_inline struct process *process_reserve(struct cpu_state *cpu, st
 	process->kind = RECORD_PROCESS;
 	process->event = event;
 	process->time_ns = bpf_ktime_get_ns();
-	process->tgid = task->tgid;
-	process->tid = task->pid;
-	process->parent_tgid = task->real_parent->tgid;
+	process->tgid = ARG_FIELD(task, tgid);
+	process->tid = ARG_FIELD(task, pid);
+	process->parent_tgid = ARG_FIELD(task, real_parent, tgid);
 	process->parent_tid = 0;
 	process->cgroup = cgroup_of(task);
-	process->start_boottime_ns = task->start_boottime;
+	process->start_boottime_ns = start_boottime_of(task);
 	process->exit_code = 0;
 	process->command_line_bytes = 0;
 	process->command_line_total_bytes = 0;
@@ -62,7 +62,7 @@ SEC("tp_btf/sched_process_fork")
 int WRITES(on_fork, struct task_struct *parent, struct task_struct *child)
 {
 	struct cpu_state *cpu = this_cpu();
-	bool thread = parent->tgid == child->tgid;
+	bool thread = ARG_FIELD(parent, tgid) == ARG_FIELD(child, tgid);
 	struct task_record *record, fresh = {};
 	struct process *process;
 	__u64 index;
@@ -72,7 +72,8 @@ int WRITES(on_fork, struct task_struct *parent, struct task_struct *child)
 	forget_before(child);
 	record = record_of(parent);
 	if (record ? record->phase == PHASE_DORMANT || (!thread && !follow_children)
-		   : !record_everything || parent->tgid == recorder_tgid)
+		   : !record_everything || ARG_FIELD(parent, tgid) == recorder_tgid ||
+			     ARG_FIELD(child, flags) & PF_KTHREAD)
 		return 0;
 	fresh.phase = PHASE_NEWBORN;
 	fresh.left_ns = bpf_ktime_get_ns();
@@ -82,12 +83,12 @@ int WRITES(on_fork, struct task_struct *parent, struct task_struct *child)
 		return 0;
 	}
 	if (!thread)
-		inherit_interpreter(parent->tgid, child->tgid);
+		inherit_interpreter(ARG_FIELD(parent, tgid), ARG_FIELD(child, tgid));
 	process = process_reserve(cpu, child, thread ? PROCESS_THREAD : PROCESS_FORK, &index);
 	if (!process)
 		return 0;
-	process->parent_tgid = parent->tgid;
-	process->parent_tid = parent->pid;
+	process->parent_tgid = ARG_FIELD(parent, tgid);
+	process->parent_tid = ARG_FIELD(parent, pid);
 	commit(&process->sequence, index);
 	return 0;
 }
@@ -102,10 +103,15 @@ SEC("tp_btf/sched_process_exec")
 int WRITES(on_exec, struct task_struct *task, int old_tid, struct linux_binprm *bprm)
 {
 	struct cpu_state *cpu = this_cpu();
-	struct task_record *record = record_of(task);
+	struct task_record *record, fresh = {.phase = PHASE_NEWBORN};
 	struct process *process;
 	__u64 index, start, length;
 
+	move_record(old_tid, ARG_FIELD(task, pid));
+	record = record_of(task);
+	/* a helper of the kernel: up to 5.18 it is one of its threads until now */
+	if (!record && record_everything && ARG_FIELD(task, tgid) != recorder_tgid)
+		record = new_record_of(task, &fresh);
 	if (!cpu || !record)
 		return 0;
 	if (record->phase == PHASE_DORMANT) {
@@ -114,19 +120,19 @@ int WRITES(on_exec, struct task_struct *task, int old_tid, struct linux_binprm *
 		cpu->running = 0;
 	}
 	/* a thread that executes a program takes its leader's id over */
-	cpu->tid = task->pid;
+	cpu->tid = ARG_FIELD(task, pid);
 	if (cpu->interpreter) {
 		if (cpu->context)
 			write_flow(cpu, 0);
 		cpu->interpreter = record->interpreter = 0;
 	}
-	forget_interpreter(task->tgid);
+	forget_interpreter(ARG_FIELD(task, tgid));
 	process = process_reserve(cpu, task, PROCESS_EXEC, &index);
 	if (!process)
 		return 0;
 	process->parent_tid = old_tid;
-	start = task->mm->arg_start;
-	length = task->mm->arg_end - start;
+	start = ARG_FIELD(task, mm, arg_start);
+	length = ARG_FIELD(task, mm, arg_end) - start;
 	process->command_line_total_bytes = length;
 	if (length > COMMAND_LINE_BYTES)
 		length = COMMAND_LINE_BYTES;
@@ -142,15 +148,15 @@ int WRITES(on_exec, struct task_struct *task, int old_tid, struct linux_binprm *
  */
 static __always_inline bool ends_process(struct task_struct *task)
 {
-	return !task->signal->live.counter && is_first_to_end(task->group_leader);
+	return !ARG_FIELD(task, signal, live.counter) && is_first_to_end(ARG_FIELD(task, group_leader));
 }
 
 /* What the parent gets from wait: as wait_task_zombie() finds it. */
 static __always_inline int wait_status(struct task_struct *task)
 {
-	if (task->signal->flags & SIGNAL_GROUP_EXIT)
-		return task->signal->group_exit_code;
-	return task->group_leader->exit_code;
+	if (ARG_FIELD(task, signal, flags) & SIGNAL_GROUP_EXIT)
+		return ARG_FIELD(task, signal, group_exit_code);
+	return ARG_FIELD(task, group_leader, exit_code);
 }
 
 SEC("tp_btf/sched_process_exit")
@@ -172,24 +178,57 @@ int WRITES(on_exit, struct task_struct *task)
 	}
 	last = ends_process(task);
 	if (last)
-		forget_interpreter(task->tgid);
+		forget_interpreter(ARG_FIELD(task, tgid));
 	process = process_reserve(cpu, task, last ? PROCESS_EXIT : PROCESS_THREAD_EXIT, &index);
+	forget_ended(task);
 	if (!process)
 		return 0;
-	process->exit_code = last ? wait_status(task) : task->exit_code;
+	process->exit_code = last ? wait_status(task) : ARG_FIELD(task, exit_code);
 	commit(&process->sequence, index);
 	return 0;
 }
 
+/* It may be gone before user space can look for it: what a container runs may take a moment only. */
+static __always_inline void write_cgroup(struct cgroup *cgroup, const char *path)
+{
+	struct cpu_state *cpu = this_cpu();
+	struct process *process;
+	__u64 index;
+	long length;
+
+	if (!cpu)
+		return;
+	process = process_reserve(cpu, CURRENT_TASK(), PROCESS_ALIVE, &index);
+	if (!process)
+		return;
+	process->kind = RECORD_CGROUP;
+	process->cgroup = ARG_FIELD(cgroup, kn, id);
+	length = bpf_probe_read_kernel_str(process->command_line, COMMAND_LINE_BYTES, path);
+	/* with the zero at its end; one that does not fit is looked for */
+	if (length > 1 && length < COMMAND_LINE_BYTES)
+		process->command_line_bytes = length - 1;
+	commit(&process->sequence, index);
+}
+
 /* A cgroup below a recorded one belongs to it. */
 SEC("tp_btf/cgroup_mkdir")
-int BPF_PROG(on_cgroup_mkdir, struct cgroup *cgroup, const char *path)
+int WRITES(on_cgroup_mkdir, struct cgroup *cgroup, const char *path)
 {
-	__u64 parent = cgroup->self.parent->cgroup->kn->id, id = cgroup->kn->id;
-	__u32 *kind = bpf_map_lookup_elem(&cgroups, &parent);
+	__u64 parent, id = ARG_FIELD(cgroup, kn, id);
+	__u32 *kind;
 
-	if (kind)
+	if (ARG_FIELD(cgroup, root, hierarchy_id))
+		return 0;
+	if (record_everything) {
+		write_cgroup(cgroup, path);
+		return 0;
+	}
+	parent = ARG_FIELD(cgroup, self.parent, cgroup, kn, id);
+	kind = bpf_map_lookup_elem(&cgroups, &parent);
+	if (kind) {
 		bpf_map_update_elem(&cgroups, &id, kind, BPF_ANY);
+		write_cgroup(cgroup, path);
+	}
 	return 0;
 }
 
@@ -198,15 +237,33 @@ int BPF_PROG(on_cgroup_mkdir, struct cgroup *cgroup, const char *path)
  * they stay recorded, as their children are.
  */
 SEC("tp_btf/cgroup_attach_task")
-int BPF_PROG(on_cgroup_attach, struct cgroup *cgroup, const char *path, struct task_struct *task,
+int WRITES(on_cgroup_attach, struct cgroup *cgroup, const char *path, struct task_struct *task,
 	     bool threadgroup)
 {
-	__u64 id = cgroup->kn->id;
+	__u64 id = ARG_FIELD(cgroup, kn, id), index;
+	struct cpu_state *cpu = this_cpu();
+	struct task_record *record;
+	struct process *process;
 
-	if (bpf_map_lookup_elem(&cgroups, &id) && !record_of(task))
-		__sync_fetch_and_add(&marks_wanted, 1);
+	if (!cpu || ARG_FIELD(cgroup, root, hierarchy_id))
+		return 0;
+	record = record_of(task);
+	if (!record) {
+		if (bpf_map_lookup_elem(&cgroups, &id))
+			__sync_fetch_and_add(&marks_wanted, 1);
+		return 0;
+	}
+	if (record->phase == PHASE_DORMANT)
+		return 0;
+	process = process_reserve(cpu, task, PROCESS_MOVED, &index);
+	if (!process)
+		return 0;
+	process->cgroup = id;
+	commit(&process->sequence, index);
 	return 0;
 }
+
+#ifndef SCOPE_BCC /* it has no iterators: loaders/bcc_life.py reads /proc */
 
 static __always_inline __u32 wanted(struct task_struct *task)
 {
@@ -294,7 +351,8 @@ int on_mark_tasks(struct bpf_iter__task *ctx)
 	struct task_record fresh = {};
 	__u32 kind;
 
-	if (!task)
+	/* of a process that ended, what is left waits for its parent */
+	if (!task || !task->signal->live.counter)
 		return 0;
 	kind = wanted(task);
 	if (!kind)
@@ -394,5 +452,7 @@ int on_list_open(struct bpf_iter__task *ctx)
 	}
 	return 0;
 }
+
+#endif
 
 #endif

@@ -158,12 +158,12 @@ int WRITES_MANY(on_sched_switch, bool preempted, struct task_struct *previous, s
 	if (!cpu)
 		return 0;
 	/* it is recorded, or it is not the one that was seen to be switched in */
-	if (cpu->recorded || (cpu->task != (__u64)previous && previous->pid)) {
+	if (cpu->recorded || (cpu->task != (__u64)previous && ARG_FIELD(previous, pid))) {
 		now = bpf_ktime_get_ns();
 		/* a waker may already have set TASK_WAKING in the task (commit fa2c3254d7cf added the
 		 * argument for that) */
 		if (switch_tells_state)
-			state = ctx[3];
+			state = RAW_ARGUMENT(ctx, 3);
 		else
 			state = task_state(previous);
 		switch_out(cpu, previous, preempted, state, now);
@@ -172,7 +172,7 @@ int WRITES_MANY(on_sched_switch, bool preempted, struct task_struct *previous, s
 	cpu->interpreter = 0;
 	cpu->thread_state = 0;
 	cpu->task = (__u64)next;
-	if (next->pid)
+	if (ARG_FIELD(next, pid))
 		switch_in(cpu, next, now);
 	return 0;
 }

@@ -359,14 +359,15 @@ __noinline int tell_code(WALK_PARAMETERS, __u32 number)
 {
 	FIND_WALK();
 	struct code_key key = {};
-	__u32 told = 1;
+	__u32 told = tellings, *before;
 
 	if (!cpu || !walk || !python || number >= STACK_FRAMES)
 		return false;
 	key.tgid = walk->tgid;
 	key.born = walk->born;
 	key.code = walk->frames[number].code;
-	if (bpf_map_lookup_elem(&codes_told, &key))
+	before = bpf_map_lookup_elem(&codes_told, &key);
+	if (before && *before == told)
 		return true;
 	if (!write_code(cpu, walk, python, key.code))
 		return false;
@@ -408,7 +409,7 @@ GLOBAL int write_part(struct cpu_state *cpu, struct walk *walk, __u32 number)
 /* The record of a stack, with those of its code objects that were not told before. */
 GLOBAL int tell_stack(struct cpu_state *cpu, struct walk *walk, struct interpreter *python)
 {
-	__u32 number, told = 1;
+	__u32 number, told = tellings;
 	__u64 hash;
 
 	if (!cpu || !walk || !python)
@@ -462,6 +463,7 @@ GLOBAL int take_stack(struct cpu_state *cpu, struct taken *taken, __u32 interrup
 	struct task_struct *task = CURRENT_TASK();
 	struct interpreter *python;
 	struct walk *walk;
+	__u32 *told;
 	__u64 state;
 	int count;
 
@@ -487,7 +489,8 @@ GLOBAL int take_stack(struct cpu_state *cpu, struct taken *taken, __u32 interrup
 	count = walk_frames(cpu, walk, python);
 	if (count <= 0)
 		return 0;
-	if (!bpf_map_lookup_elem(&stacks_told, &walk->hash)) {
+	told = bpf_map_lookup_elem(&stacks_told, &walk->hash);
+	if (!told || *told != tellings) {
 		/* not the time of the sample: that may be before its code objects were freed and made anew */
 		walk->time_ns = bpf_ktime_get_ns();
 		tell_stack(cpu, walk, python);

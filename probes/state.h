@@ -32,12 +32,22 @@ const volatile __u32 payload_limit = 0; /* bytes of a payload head; 0: none */
 const volatile __u64 long_wait_ns = 0; /* from this on a wait in a call gets a stack */
 const volatile __u32 futex_number = 0;
 const volatile __u32 munmap_number = 0;
+#ifdef SCOPE_BCC /* has no constants in memory */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 512);
+	__type(key, __u32);
+	__type(value, __u8);
+} message_class_table SEC(".maps");
+#else
 const volatile __u8 message_classes[512] = {};
+#endif
 
 /* Whether calls are followed from their entry to their exit. */
 #define CALLS_ARE_FOLLOWED \
 	(record_syscalls || record_messages || record_samples || record_contexts || record_gil)
 
+#ifndef SCOPE_BCC
 /* Puts the layouts of the records into this object's BTF, where user space compares them at load. */
 const volatile struct record_layouts {
 	struct call call;
@@ -64,6 +74,7 @@ const volatile struct record_layouts {
 	struct interpreter interpreter;
 	struct call_watch call_watch;
 } record_layouts = {};
+#endif
 
 enum {
 	TASK_RUNNING = 0,
@@ -102,6 +113,9 @@ struct task_record {
 	__u8 left_status; /* call_status of the interval */
 	__u8 reserved[3];
 	__u32 ended; /* of a process's first thread: the end of the process was told */
+#ifdef SCOPE_BCC
+	__u64 start_boottime_ns; /* of what was marked: /proc tells it to the tick, and all rows say the same */
+#endif
 };
 
 struct {
@@ -131,6 +145,9 @@ __u32 interpreter_changes = 0;
 
 /* How often the kernel found something that on_mark_tasks has to take up. */
 __u64 marks_wanted = 0;
+
+/* How often user space asked for what is told once to be told again: connections, stacks, code objects. */
+__u32 tellings = 0;
 
 /* Element counts of the arrays are set by user space to fit the host. */
 struct {
@@ -171,6 +188,21 @@ static __always_inline struct cpu_state *this_cpu(void)
 #define FIND_CPU()
 #endif
 
+#ifdef SCOPE_BCC
+/*
+ * The same number, by way of memory: so ways that came to it with different values are one to the verifier,
+ * which else follows each to the end. Where functions are looked at by themselves their arguments are so.
+ */
+static __always_inline __u64 through_memory(struct cpu_state *cpu, __u64 number)
+{
+	*(volatile __u64 *)&cpu->reserved2[5] = number;
+	return *(volatile __u64 *)&cpu->reserved2[5];
+}
+#define UNKNOWN_TO_VERIFIER(cpu, number) through_memory(cpu, number)
+#else
+#define UNKNOWN_TO_VERIFIER(cpu, number) (number)
+#endif
+
 static __always_inline void count_loss(struct cpu_state *cpu, enum loss_kind kind)
 {
 	__sync_fetch_and_add(&cpu->lost[kind], 1);
@@ -208,7 +240,7 @@ static __always_inline bool write_flow(struct cpu_state *cpu, __u64 context)
 
 static __always_inline __u64 cgroup_of(struct task_struct *task)
 {
-	return task->cgroups->dfl_cgrp->kn->id;
+	return ARG_FIELD(task, cgroups, dfl_cgrp, kn, id);
 }
 
 #endif

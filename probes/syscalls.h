@@ -59,6 +59,10 @@ static __always_inline void take_arguments(struct flight *flight, __u64 task, st
 #include "messages.h"
 #include "python.h"
 
+enum {
+	NOT_KNOWN = -1,
+};
+
 /* Its context could not be told, so that it would seem to be of another one. */
 static __always_inline bool refused(struct cpu_state *cpu)
 {
@@ -104,30 +108,30 @@ int WRITES(on_sys_enter, struct pt_regs *regs, long number)
 	return 0;
 }
 
-/* A call whose entry was not seen. Its number and arguments are still in the registers. */
-static __noinline int exit_without_entry(struct cpu_state *cpu, struct pt_regs *regs, long result,
-					 enum found found, __u64 since)
+/*
+ * Takes up a call whose entry was not seen: its number and arguments are still in the registers. Returns its
+ * status, or NOT_KNOWN.
+ */
+static __noinline int take_missed_entry(struct cpu_state *cpu, struct pt_regs *regs, enum found found,
+					__u64 since)
 {
-	__u64 now = bpf_ktime_get_ns();
 	struct flight *flight;
-	__u8 status = STATUS_BEGAN_BEFORE;
 
 	if (!cpu)
-		return 0;
+		return NOT_KNOWN;
 	flight = &cpu->flight;
 	take_arguments(flight, cpu->task, regs, SYSCALL_NUMBER(regs));
 	if (SYSCALL_NUMBER(regs) < 0)
-		return 0; /* a signal's return rewrote the registers: the call is not known */
-	flight->start_ns = since;
-	if (found != FOUND_ATTACHED) {
-		flight->start_ns = now;
-		status = STATUS_REFUSED;
-	}
+		return NOT_KNOWN; /* a signal's return rewrote the registers */
 	flight->refused = 0;
 	if (record_contexts && cpu->interpreter)
 		follow_context(cpu);
-	write_rows(cpu, regs, result, now - flight->start_ns, status);
-	return 0;
+	if (found == FOUND_ATTACHED) {
+		flight->start_ns = since;
+		return STATUS_BEGAN_BEFORE;
+	}
+	flight->start_ns = bpf_ktime_get_ns();
+	return STATUS_REFUSED;
 }
 
 SEC("tp_btf/sys_exit")
@@ -135,7 +139,8 @@ int WRITES_MANY(on_sys_exit, struct pt_regs *regs, long result)
 {
 	struct cpu_state *cpu = this_cpu();
 	enum found found = FOUND_TRACED;
-	__u64 duration_ns, thread = (__u64)regs, since = 0;
+	__u64 duration_ns = 0, thread = (__u64)regs, since = 0;
+	int status = STATUS_COMPLETE;
 
 	if (!cpu)
 		return 0;
@@ -147,13 +152,45 @@ int WRITES_MANY(on_sys_exit, struct pt_regs *regs, long result)
 			if (found == FOUND_NOTHING || found == FOUND_NEWBORN)
 				return 0;
 		}
-		if (cpu->in_flight != thread)
-			return exit_without_entry(cpu, regs, result, found, since);
+		if (cpu->in_flight != thread) {
+			status = take_missed_entry(cpu, regs, found, since);
+			if (status == NOT_KNOWN)
+				return 0;
+		}
 	}
-	duration_ns = bpf_ktime_get_ns() - cpu->flight.start_ns;
+	if (status != STATUS_REFUSED)
+		duration_ns = bpf_ktime_get_ns() - cpu->flight.start_ns;
 	cpu->in_flight = 0;
-	write_rows(cpu, regs, result, duration_ns, STATUS_COMPLETE);
+#ifdef SCOPE_BCC
+	if (record_messages && class_of(cpu->flight.number)) {
+		cpu->reserved2[HANDED_DURATION] = duration_ns;
+		cpu->reserved2[HANDED_STATUS] = status;
+		if (result >= 0)
+			meet_ends(cpu, class_of(cpu->flight.number), regs, result);
+		stages.call(ctx, 0);
+		count_loss(cpu, LOSS_MESSAGES);
+		count_loss(cpu, LOSS_SYSCALLS);
+	} else if (record_syscalls) {
+		write_call(cpu, &cpu->flight, duration_ns, result, status);
+	}
+#else
+	write_rows(cpu, regs, result, duration_ns, status);
+#endif
 	return 0;
 }
+
+#ifdef SCOPE_BCC
+/* The rest of on_sys_exit for calls that may move messages. */
+SEC("tp_btf/")
+int WRITES(on_message, struct pt_regs *regs, long result)
+{
+	struct cpu_state *cpu = this_cpu();
+
+	if (cpu)
+		write_rows(cpu, regs, result, cpu->reserved2[HANDED_DURATION],
+			   cpu->reserved2[HANDED_STATUS]);
+	return 0;
+}
+#endif
 
 #endif

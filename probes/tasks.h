@@ -6,6 +6,9 @@
  * An address may be another thread's later. So an entry is deleted when its task is freed, and once more
  * when a task is made at that address. Not the pid with the time of birth: a thread that executes a program
  * takes both over from its leader.
+ *
+ * Under BCC by tid, since user space marks what runs already, and knows no addresses. Entries go when their
+ * thread ends; that of a thread that executes a program moves.
  */
 #ifndef SCOPE_TASKS_H
 #define SCOPE_TASKS_H
@@ -22,6 +25,90 @@ struct tls_call {
 	__u64 flags;	 /* FLAG_RECEIVE or 0 */
 };
 
+#ifdef SCOPE_BCC
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 32768);
+	__type(key, __u32); /* tid */
+	__type(value, struct task_record);
+} tasks SEC(".maps");
+
+/* Processes whose end was told: by tgid, when the process was made. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, __u32);
+	__type(value, __u64);
+} ended SEC(".maps");
+
+static __always_inline struct task_record *record_of(struct task_struct *task)
+{
+	__u32 key = FIELD(task, pid);
+
+	return bpf_map_lookup_elem(&tasks, &key);
+}
+
+static __always_inline struct task_record *new_record_of(struct task_struct *task,
+							 struct task_record *content)
+{
+	__u32 key = FIELD(task, pid);
+
+	/* there may be one meanwhile, as with task storage: then that counts */
+	bpf_map_update_elem(&tasks, &key, content, BPF_NOEXIST);
+	return bpf_map_lookup_elem(&tasks, &key);
+}
+
+/* Nothing is left of a thread that had the same tid. */
+static __always_inline void forget_before(struct task_struct *fresh)
+{
+	__u32 key = FIELD(fresh, pid);
+
+	bpf_map_delete_elem(&tasks, &key);
+}
+
+static __always_inline void forget_ended(struct task_struct *task)
+{
+	__u32 key = FIELD(task, pid);
+
+	bpf_map_delete_elem(&tasks, &key);
+}
+
+static __always_inline __u64 start_boottime_of(struct task_struct *task)
+{
+	struct task_record *record = record_of(task);
+
+	if (record && record->start_boottime_ns)
+		return record->start_boottime_ns;
+	return FIELD(task, start_boottime);
+}
+
+/* The thread took its leader's tid over. */
+static __always_inline void move_record(__u32 old_tid, __u32 tid)
+{
+	struct task_record *record;
+
+	if (old_tid == tid)
+		return;
+	record = bpf_map_lookup_elem(&tasks, &old_tid);
+	if (!record)
+		return;
+	bpf_map_update_elem(&tasks, &tid, record, BPF_ANY);
+	bpf_map_delete_elem(&tasks, &old_tid);
+}
+
+static __always_inline bool is_first_to_end(struct task_struct *leader)
+{
+	__u64 made_ns = FIELD(leader, start_boottime), *told;
+	__u32 key = FIELD(leader, tgid);
+
+	told = bpf_map_lookup_elem(&ended, &key);
+	if (told)
+		return __sync_lock_test_and_set(told, made_ns) != made_ns;
+	return !bpf_map_update_elem(&ended, &key, &made_ns, BPF_NOEXIST);
+}
+
+#else
 #ifndef OLD_KERNELS
 
 struct {
@@ -162,6 +249,21 @@ int BPF_PROG(on_free, struct task_struct *task)
 {
 	forget((__u64)task);
 	return 0;
+}
+
+#endif
+
+static __always_inline void forget_ended(struct task_struct *task)
+{
+}
+
+static __always_inline __u64 start_boottime_of(struct task_struct *task)
+{
+	return ARG_FIELD(task, start_boottime);
+}
+
+static __always_inline void move_record(__u32 old_tid, __u32 tid)
+{
 }
 
 #endif

@@ -2,9 +2,13 @@
 
 
 class ScopeError(Exception):
-    """Something failed for a reason that the message tells; the command line exits with exit_code."""
+    """Something failed for a reason that the message tells; the command line exits with exit_code.
+
+    `said` are lines of another program, such as a compiler, that are shown below the message.
+    """
 
     exit_code = 1
+    said: tuple[str, ...] = ()
 
 
 class LoadError(ScopeError):

@@ -21,10 +21,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scope_ebpf.errors import TargetError
+from scope_ebpf.families import TABLES
+from scope_ebpf.loaders.bcc_fields import OwnTable
+from scope_ebpf.loaders.bcc_programs import OwnPrograms, Targets
 from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions
 from scope_ebpf.loaders.hits import Places
 from scope_ebpf.loaders.ring import Records
-from scope_ebpf.loaders.targets import LiveProcesses, Target, check_same, command_line
+from scope_ebpf.loaders.targets import (
+    LiveProcesses,
+    Target,
+    check_same,
+    command_line,
+    with_descendants,
+)
+from scope_ebpf.records import ProcessEvent
 
 if TYPE_CHECKING:  # it imports polars, which takes 0.15 s: that is done while events already arrive
     from scope_ebpf.recording.store import Store
@@ -53,6 +63,8 @@ class Plan:
         command: how the recorder was called.
         duration: seconds to record; None for no limit.
         unredacted: store the heads of messages as they are.
+        keep_bytes, keep_seconds: the quota: what is older than that goes; None: everything stays.
+        shares_quota: recordings of earlier runs in the same folder count, and go first.
     """
 
     path: Path
@@ -61,6 +73,9 @@ class Plan:
     command: tuple[str, ...]
     duration: float | None = None
     unredacted: bool = False
+    keep_bytes: int | None = None
+    keep_seconds: float | None = None
+    shares_quota: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,11 +94,13 @@ class Marked:
     """Threads that were taken up while they ran, and the command lines of those that begin a process.
 
     The command lines are read at once: some of the processes are gone when the writer comes to them.
+    `event`: whether they are new to the recording, or told again.
     """
 
     time_ns: int
     tasks: Records
     command_lines: dict[int, bytes]
+    event: int = ProcessEvent.PROCESS_ALIVE
 
 
 @dataclass
@@ -97,26 +114,43 @@ class Drained:
     notes: list[str] = field(default_factory=list)  # sentences for the recording
     # lost events by CPU and loss kind, since the batch before; and when that was
     lost: NDArray[np.uint64] | None = None
+    # of the user's programs: number of the table, times if the kernel told them, records; and what was
+    # lost by table and CPU
+    own: list[tuple[int, NDArray[np.int64] | None, NDArray[Any]]] = field(default_factory=list)
+    own_lost: NDArray[np.uint64] | None = None
     since_ns: int = 0
     slots: int = 0
     last: bool = False  # nothing comes after it
+    told_again: bool = False  # from it on, nothing refers to what was told before
 
     def mark(self, tasks: Records, time_ns: int) -> None:
         """Take records of threads that were marked at that time, without those marked before."""
-        fresh = tasks[tasks["seen_before"] == 0]
-        if len(fresh):
-            leaders = fresh["tgid"][fresh["tgid"] == fresh["tid"]].tolist()
+        self._mark(tasks[tasks["seen_before"] == 0], time_ns, ProcessEvent.PROCESS_ALIVE)
+
+    def tell_again(self, tasks: Records, time_ns: int) -> None:
+        """Take records of all threads that are recorded; nothing refers to earlier batches from now on."""
+        self.told_again = True
+        self.mark(tasks, time_ns)
+        self._mark(tasks[tasks["seen_before"] != 0], time_ns, ProcessEvent.PROCESS_STILL)
+
+    def _mark(self, tasks: Records, time_ns: int, event: ProcessEvent) -> None:
+        if len(tasks):
+            leaders = tasks["tgid"][tasks["tgid"] == tasks["tid"]].tolist()
             # a process that rewrote its title leaves zeros behind it
             lines = {tgid: command_line(tgid).rstrip(b"\0") for tgid in leaders}
-            self.marked.append(
-                Marked(time_ns, fresh, {tgid: line + b"\0" for tgid, line in lines.items() if line})
-            )
+            lines = {tgid: line + b"\0" for tgid, line in lines.items() if line}
+            self.marked.append(Marked(time_ns, tasks, lines, event))
 
     def add(self, batch: Batch) -> None:
         """Take one round of draining."""
         self.hot += batch.hot
         self.wide += batch.wide
         self.slots += sum(len(slots) for _, _, slots in (*batch.hot, *batch.wide))
+
+    def add_own(self, runs: list[tuple[int, NDArray[np.int64] | None, NDArray[Any]]]) -> None:
+        """Take what the user's programs submitted."""
+        self.own += runs
+        self.slots += sum(len(rows) for _, _, rows in runs)
 
 
 class Use:
@@ -163,6 +197,16 @@ def same_interrupt_handler() -> Iterator[None]:
         set_again(signal.SIGINT, handler)
 
 
+def own_programs(options: CaptureOptions) -> OwnPrograms:
+    """The user's programs for BCC, compiled and attached.
+
+    Raises:
+        UsageError, LoadError: one cannot be used.
+    """
+    targets = Targets(options.everything, options.follow or options.cgroup is not None)
+    return OwnPrograms(options.bcc_probes, targets, taken=TABLES)
+
+
 class Recorder:
     """One recording, from attaching to the last segment."""
 
@@ -183,6 +227,8 @@ class Recorder:
         self._store: Store | None = None
         self._imported = False
         self._lost = 0
+        self._own: OwnPrograms | None = None
+        self._own_lost = np.zeros((), np.uint64)  # so far, by table and CPU
 
     def stop(self) -> None:
         """End the recording in good order; may be called from a signal handler."""
@@ -202,6 +248,8 @@ class Recorder:
             live = stack.enter_context(
                 LiveProcesses(tuple(target.tgid for target in self.plan.targets))
             )
+            if self.plan.options.bcc_probes:
+                self._own = stack.enter_context(own_programs(self.plan.options))
             capture = stack.enter_context(Capture(self.plan.options))
             chosen = replace(self.plan.options, transport=capture.transport)
             self.plan = replace(self.plan, options=chosen)
@@ -213,6 +261,9 @@ class Recorder:
                     f"cannot attach to process {self.plan.targets[0].tgid}: it has ended meanwhile;"
                     " to record it from its start, use `scope-ebpf run`"
                 )
+            if self._own is not None:
+                self._follow(self._own, marked)
+                self._own.start()
             if self.plan.options.after_exec:
                 marked = marked[:0]  # they are not recorded yet
             first = Drained(since_ns=started_ns)
@@ -222,7 +273,13 @@ class Recorder:
             use = Use()
             writer = threading.Thread(
                 target=self._write,
-                args=(started_ns, use, tuple(capture.notes), capture.places),
+                args=(
+                    started_ns,
+                    use,
+                    tuple(capture.notes),
+                    capture.places,
+                    () if self._own is None else self._own.tables,
+                ),
                 name="scope-writer",
                 daemon=True,
             )
@@ -270,7 +327,11 @@ class Recorder:
             fill = capture.fill()
             batch = capture.drain()
             pending.add(batch)
+            if self._own is not None:
+                fill = max(fill, self._own.fill())
+                pending.add_own(self._own.drain())
             pending.interpreters += capture.watch_pythons(batch)
+            pending.notes += capture.watch_files(batch)
             pending.notes += capture.watch_rings()
             interval = min(
                 max(interval * FILL_GOAL / max(fill, 1e-6), POLL_SECONDS[0]), POLL_SECONDS[1]
@@ -278,9 +339,19 @@ class Recorder:
             now = time.monotonic()
             if capture.marks_wanted() != marks:
                 marks = capture.marks_wanted()
-                pending.mark(capture.mark_tasks(), time.monotonic_ns())
+                marked = capture.mark_tasks()
+                pending.mark(marked, time.monotonic_ns())
+                if self._own is not None:
+                    self._own.follow(marked["tgid"][marked["seen_before"] == 0].tolist())
             if now >= next_segment or pending.slots >= SEGMENT_SLOTS:
+                again = self._store is not None and self._store.wants_telling()
+                if again:
+                    capture.tell_again()
+                    # what refers to what was told before that
+                    pending.add(capture.drain())
                 pending, lost = self._hand_over(capture, pending, lost)
+                if again:
+                    pending.tell_again(capture.mark_tasks(), time.monotonic_ns())
                 next_segment = now + SEGMENT_SECONDS
             if on_status is not None and now >= next_status:
                 on_status(self._status(now - began, use))
@@ -289,6 +360,9 @@ class Recorder:
                 break
             if self.plan.targets and not live.any():
                 break
+        if self._own is not None:
+            self._own.stop()
+            pending.add_own(self._own.drain())
         still_open = capture.stop()
         pending.add(capture.drain())
         settled = time.monotonic() + SETTLE_SECONDS
@@ -309,6 +383,11 @@ class Recorder:
         lost_now = capture.lost()
         pending.lost = lost_now - lost
         self._lost += int(pending.lost.sum())
+        if self._own is not None:
+            own_lost = self._own.lost()
+            pending.own_lost = own_lost - self._own_lost
+            self._lost += int(pending.own_lost.sum())
+            self._own_lost = own_lost
         self._queue.put(pending)
         return Drained(since_ns=time.monotonic_ns()), lost_now
 
@@ -322,7 +401,26 @@ class Recorder:
             use.cpu_percent(),
         )
 
-    def _write(self, started_ns: int, use: Use, notes: tuple[str, ...], places: Places) -> None:
+    def _follow(self, own: OwnPrograms, marked: Records) -> None:
+        """Tell the user's programs who is recorded, with children that were born meanwhile."""
+        options = self.plan.options
+        known: set[int] = set()
+        fresh = set(marked["tgid"].tolist())
+        while fresh:
+            own.follow(fresh, after_exec=options.after_exec)
+            known |= fresh
+            # those of a process that is told now are told in the kernel
+            found = with_descendants(options.tgids) if options.follow else []
+            fresh = set(found) - known
+
+    def _write(
+        self,
+        started_ns: int,
+        use: Use,
+        notes: tuple[str, ...],
+        places: Places,
+        own_tables: tuple[OwnTable, ...],
+    ) -> None:
         """The writer thread: takes batches until None comes."""
         try:
             # More threads would encode a segment sooner, for more CPU time and memory in all.
@@ -334,7 +432,7 @@ class Recorder:
             finally:
                 self._imported = True
 
-            self._store = Store(self.plan, started_ns, use, notes, places)
+            self._store = Store(self.plan, started_ns, use, notes, places, own_tables)
         except BaseException as error:
             self._fail(error)
         while (batch := self._queue.get()) is not None:

@@ -48,6 +48,7 @@ class RecordKind(IntEnum):
     RECORD_CODE = 16
     RECORD_HIT = 17
     RECORD_PYTHON_CALL = 18
+    RECORD_CGROUP = 19
 
 
 class LossKind(IntEnum):
@@ -103,6 +104,8 @@ class ProcessEvent(IntEnum):
     PROCESS_EXEC = 3
     PROCESS_EXIT = 4
     PROCESS_THREAD_EXIT = 5
+    PROCESS_MOVED = 6
+    PROCESS_STILL = 7
 
 
 class MessageClass(IntEnum):

@@ -1,10 +1,11 @@
 #!/bin/bash
-# setup.sh [--bench | --test]: called by `make setup`, which then builds the BPF objects.
+# setup.sh [--bench | --test | --lab]: called by `make setup`, which then builds the BPF objects.
 #
 # Installs the system packages that are missing, makes .venv, and installs the project into it.
 # What is already there is found by looking for the thing itself, not for a package name, so a
 # machine without apt can be prepared by hand. Run again, it only looks, which takes under a second.
-# --bench adds the tools that `make bench` compares with, --test the servers that only tests talk to.
+# --bench adds the tools that `make bench` compares with, --test the servers that only tests talk to,
+# --lab what the virtual machines of `make lab` need.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -117,6 +118,18 @@ look_for_test_servers() {
     has_command my_print_defaults && has_command mariadb-install-db ||
         want 'mariadb-server-core+mariadb-client-core mariadb-server'
     has_command openssl || want openssl
+}
+
+look_for_lab_tools() {
+    wanted=()
+    # The lab's kernels are Debian's for x86-64; elsewhere QEMU would emulate these as well.
+    has_command qemu-system-x86_64 || want qemu-system-x86
+    has_command debootstrap || [ -x /usr/sbin/debootstrap ] || want debootstrap
+    has_command mke2fs || [ -x /sbin/mke2fs ] || want e2fsprogs
+    # Ubuntu's debootstrap comes without the keys of Debian.
+    [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || want debian-archive-keyring
+    # Only `make check` asks for it, to read the Vagrantfile.
+    has_command vagrant || ! is_available vagrant || want vagrant
 }
 
 is_available() {
@@ -264,7 +277,11 @@ case ${1-} in
     as_owner scripts/chroot.sh >/dev/null || [ $? -eq 77 ] ||
         fail "cannot make a chroot with newer Pythons: see above"
     ;;
+--lab)
+    look_for_lab_tools
+    install_packages
+    ;;
 *)
-    fail "unknown argument '$1'; there are --bench and --test"
+    fail "unknown argument '$1'; there are --bench, --test and --lab"
     ;;
 esac

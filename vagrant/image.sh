@@ -27,8 +27,8 @@ if [ "${LAB_UNSHARED-}" != yes ]; then
 fi
 
 folder=$1
-kept=$PWD/build/lab
-mkdir -p "$kept"/debs "$kept"/pip
+mkdir -p build/lab/{debs,pip}
+kept=$(realpath build/lab)
 work=$(mktemp -d "$kept/.making.XXXXXX")
 root=$work/root
 finish() {
@@ -102,10 +102,9 @@ printf '127.0.0.1 localhost lab\n::1 localhost\n' >"$root/etc/hosts"
 echo lab >"$root/etc/hostname"
 : >"$root/etc/machine-id"
 printf '/dev/root / ext4 defaults 0 0\n' >"$root/etc/fstab"
-install -D -m 755 -t "$root/usr/lib/lab" vagrant/guest/init vagrant/guest/run-job
+install -D -m 755 -t "$root/usr/lib/lab" vagrant/guest/start
 install -D -m 644 -t "$root/etc/systemd/system" vagrant/guest/lab-job.service
-systemctl --root="$root" enable --quiet lab-job.service 2>/dev/null ||
-    ln -s ../lab-job.service "$root/etc/systemd/system/multi-user.target.wants/"
+ln -s ../lab-job.service "$root/etc/systemd/system/multi-user.target.wants/"
 mkdir -p "$root/scope" "$root/results"
 
 say IMAGE "$folder"

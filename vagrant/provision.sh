@@ -49,7 +49,8 @@ install_userland() {
     }
 }
 
-# The requirements of pyproject.toml, without what only checks the source.
+# The requirements of pyproject.toml, without what only checks the source. polars in its build for old
+# processors: QEMU 7.2 without KVM emulates some AVX2 wrongly, and sums of groups came out wrong.
 requirements() {
     /usr/bin/python3 - "$SOURCE/pyproject.toml" <<'PYTHON'
 import sys, tomllib
@@ -57,6 +58,7 @@ import sys, tomllib
 with open(sys.argv[1], "rb") as file:
     project = tomllib.load(file)["project"]
 wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+wanted.append("polars[rtcompat]")
 print("\n".join(r for r in wanted if not r.startswith(("mypy", "ruff", "types-"))))
 PYTHON
 }
@@ -149,11 +151,18 @@ boot_next() {
     [ -n "$release" ] ||
         fail "no kernel '$1' in the lab; there are $(cut -d' ' -f1 /boot/lab-kernels | paste -sd' ')"
     say BOOT "$release, from the next start on"
+    mkdir -p /etc/default/grub.d
     update-initramfs -c -k "$release" >/dev/null
-    sed -i 's/^GRUB_DEFAULT=.*/GRUB_DEFAULT=saved/' /etc/default/grub
+    # Every kernel in the first menu: an entry of a submenu has a longer name.
+    cat >/etc/default/grub.d/lab.cfg <<'GRUB'
+GRUB_DEFAULT=saved
+GRUB_DISABLE_SUBMENU=y
+GRUB
     update-grub >/dev/null 2>&1
-    grub-set-default "$(sed -n "s/.*menuentry '[^']*$release'.*\(gnulinux-$release-advanced-[^']*\)'.*/\1/p" \
-        /boot/grub/grub.cfg | head -n 1)"
+    local entry
+    entry=$(grep -o "gnulinux-$release-advanced-[^']*" /boot/grub/grub.cfg | head -n 1)
+    [ -n "$entry" ] || fail "GRUB's menu has no Linux $release: see /boot/grub/grub.cfg"
+    grub-set-default "$entry"
 }
 
 [ "$(id -u)" -eq 0 ] || fail "cannot install packages: not root; run it with sudo"

@@ -87,7 +87,10 @@ class PythonWatch:
         memory = opened.map_memory(".bss", length, writable=True)
         self._wanted = np.frombuffer(memory, "<u4", 1, variables["python_wanted"][0])
         self._changes = np.frombuffer(memory, "<u4", 1, variables["interpreter_changes"][0])
+        self._attached: set[tuple[int, int]] = set()  # device and inode of files
         self._used = 0
+        self._free: list[int] = []  # elements of processes that are gone
+        self._taken_up = 0
         # when to look at a process, and until when it may still be starting
         self._due: dict[int, tuple[float, float]] = {}
         # processes without greenlets: their element, when to look again, and after how long then
@@ -100,6 +103,13 @@ class PythonWatch:
         """
         notes = []
         for path in probed_files(tgids, commands):
+            try:
+                status = path.stat()
+            except OSError:  # it is gone
+                continue
+            if (status.st_dev, status.st_ino) in self._attached:
+                continue
+            self._attached.add((status.st_dev, status.st_ino))
             try:
                 sites = file_sites(path)
             except FormatError:
@@ -181,20 +191,39 @@ class PythonWatch:
         return rows
 
     def _take_up(self, found: Interpreter) -> dict[str, Any]:
-        if self._used + 1 >= PythonLimits.INTERPRETERS:
-            reason = f"more than {PythonLimits.INTERPRETERS - 1} interpreters were started"
+        element = self._element()
+        if element is None:
+            reason = f"more than {PythonLimits.INTERPRETERS - 1} interpreters run at once"
             return row(found.tgid, path=found.path, reason=reason)
-        self._used += 1
-        self._interpreters[self._used] = found.record
+        self._taken_up += 1
+        self._interpreters[element] = found.record
         if has_own_pids(found.tgid):  # its threads' numbers of themselves are not ours
-            self._interpreters[self._used]["tstate_native_thread_id"] = 0
-            self._interpreters[self._used]["thread_tid"] = 0
-        self._object.update("pythons", found.tgid, self._used)
+            self._interpreters[element]["tstate_native_thread_id"] = 0
+            self._interpreters[element]["thread_tid"] = 0
+        self._object.update("pythons", found.tgid, element)
         self._changes[0] += 1
         if not found.greenlets and "contexts" in self._families:
             pause = LATER_SECONDS[0]
-            self._later[found.tgid] = (self._used, time.monotonic() + pause, pause)
+            self._later[found.tgid] = (element, time.monotonic() + pause, pause)
         return self._row_of(found)
+
+    def _element(self) -> int | None:
+        """An element of `interpreters` that no process has; None: there is none."""
+        if self._used + 1 < PythonLimits.INTERPRETERS:
+            self._used += 1
+            return self._used
+        if not self._free:
+            held = set[int]()
+            # twice: a fork may get its entry behind where the first look has come to
+            for _ in range(2):
+                values = self._object.elements("pythons", 4, 4)
+                held.update(int.from_bytes(value, "little") for value in values)
+            self._free = [each for each in range(1, self._used + 1) if each not in held]
+            gone = set(self._free)
+            self._later = {
+                tgid: later for tgid, later in self._later.items() if later[0] not in gone
+            }
+        return self._free.pop() if self._free else None
 
     def _row_of(self, found: Interpreter) -> dict[str, Any]:
         flags = int(found.record["flags"])
@@ -211,7 +240,7 @@ class PythonWatch:
     @property
     def changes(self) -> int:
         """Counts up whenever an interpreter was taken up."""
-        return self._used
+        return self._taken_up
 
     def stop(self) -> None:
         """Let the probes do nothing from now on."""

@@ -18,26 +18,6 @@ if TYPE_CHECKING:
     from scope_ebpf.recording.meta import Meta
     from scope_ebpf.recording.reader import Recording
 
-# Those of recording.schema, which would import polars for --help.
-TABLES = (
-    "processes",
-    "syscalls",
-    "messages",
-    "connections",
-    "connects",
-    "tls",
-    "offcpu",
-    "interpreters",
-    "samples",
-    "stacks",
-    "codes",
-    "contexts",
-    "flows",
-    "handoffs",
-    "gil",
-    "hits",
-    "losses",
-)
 EXAMPLES = """\b
 Examples:
   scope-ebpf events shop.scope syscalls --where "duration_ns > 1000000"
@@ -82,7 +62,7 @@ REGISTERS = {"arg0", "arg1", "arg2", "state_bits", "code", "item", "queue", "sta
 
 @click.command(epilog=EXAMPLES)
 @click.argument("recording", metavar="REC")
-@click.argument("table", type=click.Choice(TABLES), metavar="TABLE")
+@click.argument("table", metavar="TABLE")
 @click.option("--where", metavar="EXPR", help="Only rows for which this SQL expression is true.")
 @click.option("--columns", metavar="A,B,…", help="These columns, in this order.")
 @click.option(
@@ -105,10 +85,11 @@ def events(
     r"""Print rows of a TABLE of the recording REC, in the order in which they were stored.
 
     TABLE is processes, syscalls, messages, connections, connects, tls, offcpu, interpreters,
-    samples, stacks, codes, contexts, flows, handoffs, gil, hits or losses. EXPR may use all of its
-    columns, those that are not shown as well: --json --limit 1 shows them. Times in EXPR, JSON and
-    CSV are nanoseconds of CLOCK_MONOTONIC; the table for people shows points in time as seconds
-    since the recording began, durations with a unit, and long values cut.
+    samples, stacks, codes, contexts, flows, handoffs, gil, hits, losses, or one that a program of
+    --bcc-probe filled. EXPR may use all of its columns, those that are not shown as well: --json
+    --limit 1 shows them. Times in EXPR, JSON and CSV are nanoseconds of CLOCK_MONOTONIC; the table
+    for people shows points in time as seconds since the recording began, durations with a unit, and
+    long values cut.
 
     A payload is text, also in EXPR: printable ASCII as it is, a backslash as \\, and other bytes as
     \n, \r, \t or \xNN, like within a bytes literal of Python.
@@ -118,6 +99,8 @@ def events(
     from scope_ebpf.recording.reader import open_recording
 
     opened = open_recording(recording)
+    if table not in opened.tables:
+        raise UsageError(f"there is no table {close_names(table, opened.tables)}")
     # connections, too: the columns of messages that come from there must not be wrong either.
     opened.check(table, *(["connections"] if table == "messages" else []))
     frame = _readable(opened.table(table))
@@ -130,7 +113,7 @@ def events(
             frame = frame.head(limit)
         _sink(opened, frame.select(chosen or every), where, as_json=as_json)
         return
-    shown = chosen or SHOWN[table].split()
+    shown = chosen or SHOWN.get(table, " ".join(every)).split()
     limit = limit or DEFAULT_LIMIT
     rows = _collect(opened, _with_lines(frame.select(shown).head(limit)), where)
     with output.results():

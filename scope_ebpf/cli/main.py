@@ -88,6 +88,8 @@ def main() -> None:
         code = error.exit_code
     except ScopeError as error:
         complain(f"error: {error}")
+        for line in error.said:
+            complain(f"  {line}")
         code = error.exit_code
     except BrokenPipeError:
         # the reader of our output has seen enough, as `head` does

@@ -3,12 +3,14 @@
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from scope_ebpf.families import EXTRA_FAMILIES, FAMILIES
+from scope_ebpf.families import BCC_FAMILIES, EXTRA_FAMILIES, FAMILIES
 from scope_ebpf.probe_specs import ProbeSpec, parse_probe
 
 Function = Callable[..., Any]
@@ -18,6 +20,11 @@ MAX_SAMPLE_HZ = 4999
 # of loaders.transport, which takes longer to import than --help should
 TRANSPORTS = ("auto", "rings", "perf")
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(?:i?[bB])?")
+# With less, what is needed to read the rest would be most of it.
+LEAST_KEPT = 8 << 20
+LEAST_KEPT_SECONDS = 5.0
 PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 
 
@@ -25,6 +32,10 @@ class Duration(click.ParamType[float]):
     """A time such as 500ms, 30s, 5m, 1h30m; a bare number means seconds."""
 
     name = "duration"
+
+    def __init__(self, least: float = 0.0) -> None:
+        """Any time longer than nothing, and as long as `least` seconds."""
+        self.least = least
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -40,7 +51,29 @@ class Duration(click.ParamType[float]):
             self.fail(f"{value!r} is no time; write it like 30s, 5m or 1h30m", param, ctx)
         if not 0 < seconds < 1e9:
             self.fail(f"{value!r} is no time to record for", param, ctx)
+        if seconds < self.least:
+            self.fail(f"{value!r} is too short; give {self.least:g}s or more", param, ctx)
         return seconds
+
+
+class Size(click.ParamType[int]):
+    """A size such as 500M or 2G; powers of 1024."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes."""
+        match = SIZE.fullmatch(str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is no size; write it like 500M or 2G", param, ctx)
+        size = round(float(match[1]) * SIZE_UNITS[match[2].upper()])
+        if not LEAST_KEPT <= size < 1 << 60:
+            self.fail(
+                f"{value!r} is no room for a recording; give {LEAST_KEPT >> 20}M or more",
+                param,
+                ctx,
+            )
+        return size
 
 
 class Families(click.ParamType[tuple[str, ...]]):
@@ -97,22 +130,37 @@ class Choices:
     duration: float | None
     families: tuple[str, ...]
     probes: tuple[ProbeSpec, ...]
+    bcc_probes: tuple[str, ...]
+    loader: str
     payload_bytes: int
     unredacted: bool
     sample_hz: int
     stacks_over: float
     transport: str
+    keep: int | None
+    keep_for: float | None
 
     def capture(self) -> dict[str, Any]:
         """The same as arguments of loaders.capture.CaptureOptions."""
         return {
             "families": self.families,
             "probes": self.probes,
+            "loader": self.loader,
+            "bcc_probes": tuple(Path(file).absolute() for file in self.bcc_probes),
             "payload_bytes": self.payload_bytes,
             "sample_hz": self.sample_hz,
             "long_wait_ns": round(self.stacks_over * 1e9),
             "transport": self.transport,
         }
+
+
+def with_families_of(choices: Choices) -> Choices:
+    """Without the families that the loader does not have, for a user who chose none."""
+    from scope_ebpf.loaders.bcc_capture import choose_loader
+
+    if choose_loader(choices.loader) != "bcc":
+        return choices
+    return replace(choices, loader="bcc", families=BCC_FAMILIES)
 
 
 def recording_options(function: Function) -> Function:
@@ -122,6 +170,9 @@ def recording_options(function: Function) -> Function:
     @functools.wraps(function)
     def command(**arguments: Any) -> Any:
         choices = Choices(**{name: arguments.pop(name) for name in names})
+        source = click.get_current_context().get_parameter_source("families")
+        if source is ParameterSource.DEFAULT:
+            choices = with_families_of(choices)
         return function(**arguments, choices=choices)
 
     for option in (
@@ -182,7 +233,36 @@ def recording_options(function: Function) -> Function:
             " USDT probes.",
         ),
         click.option(
+            "--bcc-probe",
+            "bcc_probes",
+            multiple=True,
+            metavar="FILE.c",
+            help="Compile a BCC program of your own, and record what it submits, in tables named after the"
+            " file and its maps; may be given more than once. Needs python3-bpfcc and the kernel's headers.",
+        ),
+        click.option(
+            "--loader",
+            type=click.Choice(["auto", "libbpf", "bcc"]),
+            default="auto",
+            show_default=True,
+            help="How the probes get into the kernel: libbpf needs its type information (BTF); bcc compiles"
+            f" them against its headers, for {','.join(BCC_FAMILIES)}.",
+        ),
+        click.option(
             "--duration", type=Duration(), metavar="TIME", help="Stop after 30s, 5m, 1h30m, …"
+        ),
+        click.option(
+            "--keep",
+            type=Size(),
+            metavar="SIZE",
+            help="Keep so much at most, such as 2G: the oldest rows of all tables are dropped, and the"
+            " summary says so.",
+        ),
+        click.option(
+            "--keep-for",
+            type=Duration(LEAST_KEPT_SECONDS),
+            metavar="TIME",
+            help="Likewise what is older than 10m, 24h, 7d, …",
         ),
         click.option(
             "-o",

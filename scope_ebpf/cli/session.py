@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from scope_ebpf.cli.notify import Notifier
 from scope_ebpf.cli.options import Choices
 from scope_ebpf.cli.units import printable
 from scope_ebpf.errors import ScopeError
@@ -97,6 +98,7 @@ def record(
     on_attached: Callable[[], None] = lambda: None,
     summary_to_stderr: bool = False,
     ending: str = "Ctrl-C ends it",
+    into: Path | None = None,
 ) -> Path:
     """Record, and show the summary; returns the recording's directory.
 
@@ -110,30 +112,62 @@ def record(
         on_attached: called when the probes are at work.
         summary_to_stderr: keep stdout for the recorded command.
         ending: what ends the recording, in words.
+        into: the folder of the recording, with others that share its quota.
 
     Raises:
         ScopeError: recording failed; what there is was summarised.
     """
     path = recording_path(default_name(subject) if choices.output is None else choices.output)
+    if into is not None:
+        path = into.absolute() / path.name
     owner = privileges.invoking_user(os.environ)
+    notifier = Notifier(os.environ)
+    if notifier.wanted:
+        ending = "stopping the service ends it"
+    # of a cgroup or the host, programs with libraries of their own may come at any time
+    attaches_later = options.everything or options.cgroup is not None
+    keep = privileges.NEEDED if attaches_later else privileges.NEEDED_TO_LOOK
+    if attaches_later:
+        what = (
+            "record the host" if options.everything else f"record the cgroup {printable(subject)}"
+        )
+        privileges.require(privileges.current().effective, what)
 
     def attached() -> None:
         on_attached()
-        privileges.drop_after_attaching(os.environ)
-        say(f"recording {printable(subject)} to {printable(str(path))}; {ending}")
+        privileges.drop_after_attaching(os.environ, keep)
+        text = f"recording {printable(subject)} to {printable(str(path))}"
+        say(f"{text}; {ending}")
+        notifier.ready(text)
 
     if choices.unredacted and (options.payload_bytes or options.probes or options.calls):
         say(UNREDACTED)
     recorder = Recorder(
-        Plan(path, options, targets, tuple(sys.argv), choices.duration, choices.unredacted),
+        Plan(
+            path,
+            options,
+            targets,
+            tuple(sys.argv),
+            choices.duration,
+            choices.unredacted,
+            choices.keep,
+            choices.keep_for,
+            shares_quota=into is not None,
+        ),
         on_attached=attached,
     )
     line = StatusLine()
-    before = {number: signal.signal(number, lambda *_: recorder.stop()) for number in signals}
+    show = notifier.show if notifier.wanted else line.show if sys.stderr.isatty() else None
+
+    def stop(*_: object) -> None:
+        recorder.stop()
+        notifier.stopping()
+
+    before = {number: signal.signal(number, stop) for number in signals}
     try:
         create_directory(path, owner)
         try:
-            recorder.run(line.show if sys.stderr.isatty() else None)
+            recorder.run(show)
         except BaseException as error:
             line.clear()
             remove_unused(path)

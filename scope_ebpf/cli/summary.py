@@ -25,6 +25,7 @@ Examples:
 TRANSPORTS = {"rings": "mapped rings", "perf": "perf buffers"}
 MOST_TARGETS = 8
 MOST_NAMES = 8
+MOST_SERVICES = 20
 # System calls in the table: so many by total time, and so many more by each other measure.
 BY_TIME = 10
 BY_OTHERS = 3
@@ -38,8 +39,9 @@ MIN_WIDTH = 78
 def summary(recording: str, as_json: bool) -> None:
     """Tell what the recording REC contains, and what was lost.
 
-    Counts events and bytes per table, and shows the system calls that took longest, failed most and
-    were made most often, and the off-CPU time per program. Waiting is time until something woke
+    Counts events and bytes per table; shows what each service did and where it runs, by systemd unit or
+    container; the system calls that took longest, failed most and were made most often; and the off-CPU
+    time per program. Waiting is time until something woke
     the thread; runnable is time that it then waited for a CPU. Quantiles (p50, p99) are right to
     2.2 %.
     """
@@ -67,6 +69,8 @@ def render(found: Summary, console: Console) -> None:
     """Print the summary for people."""
     _print_head(found, console)
     _print_tables(found, console)
+    if len(found.services) > 1 or any(service.place for service in found.services):
+        _print_services(found, console)
     if found.syscalls:
         _print_syscalls(found, console)
     if found.offcpu:
@@ -85,6 +89,10 @@ def _print_head(found: Summary, console: Console) -> None:
         lines.append(("target", units.printable(f"{target['tgid']} {command}")))
     if len(found.targets) > MOST_TARGETS:
         lines.append(("", f"and {len(found.targets) - MOST_TARGETS} more"))
+    quota = [units.size(found.keep_bytes)] if found.keep_bytes is not None else []
+    quota += [units.duration(found.keep_ns)] if found.keep_ns is not None else []
+    if quota:
+        lines.append(("kept", f"at most {' and '.join(quota)}; {_dropped(found)}"))
     recorder = found.recorder
     if found.payload_bytes:
         kept = "redacted" if found.redacted else "as they were sent (--unredacted)"
@@ -123,6 +131,26 @@ def _print_tables(found: Summary, console: Console) -> None:
     grid.add_row("all", f"{rows:,}", f"{lost:,}", units.size(found.bytes_on_disk), "")
     console.print()
     console.print(grid)
+
+
+def _print_services(found: Summary, console: Console) -> None:
+    headings = ("service", "in", "processes", "calls", "errors", "waiting", "runnable")
+    grid = output.table(*headings, left=2)
+    for service in found.services[:MOST_SERVICES]:
+        name = "(name lost)" if service.service is None else units.printable(service.service)
+        grid.add_row(
+            units.cut(name, 24),
+            units.cut(units.printable(service.place or "-"), 36),
+            f"{service.processes:,}",
+            f"{service.calls:,}",
+            f"{service.errors:,}",
+            units.duration(service.waiting_ns),
+            units.duration(service.runnable_ns),
+        )
+    console.print()
+    console.print(grid)
+    if len(found.services) > MOST_SERVICES:
+        console.print(f"and {len(found.services) - MOST_SERVICES} others: --json shows all")
 
 
 def _print_syscalls(found: Summary, console: Console) -> None:
@@ -166,6 +194,15 @@ def _print_offcpu(found: Summary, console: Console) -> None:
     console.print(grid)
     if len(found.offcpu) > MOST_NAMES:
         console.print(f"and {len(found.offcpu) - MOST_NAMES} others: --json shows all")
+
+
+def _dropped(found: Summary) -> str:
+    if found.kept_since_ns is None:
+        return "nothing was dropped"
+    return (
+        f"the first {units.duration(found.kept_since_ns)} were dropped,"
+        f" {_count(found.dropped_rows, 'row', 'rows')}"
+    )
 
 
 def _moment(found: Summary) -> str:

@@ -14,7 +14,7 @@ import types
 import typing
 import zlib
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -62,11 +62,27 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnTable:
+    """A table that a program of the user's filled (--bcc-probe)."""
+
+    name: str
+    source: str  # the program's file
+    output: str  # the map in it that the rows were submitted to
+    columns: list[list[str]]  # name and type of each: recording.own_tables.COLUMN_TYPES
+
+
+@dataclass(frozen=True, kw_only=True)
 class TableCount:
-    """Events of one table: emitted by the kernel = rows + lost."""
+    """Events of one table: emitted by the kernel = rows + dropped + lost.
+
+    Of `processes`, `interpreters`, `flows`, `connections`, `stacks` and `codes`, what still counts is
+    written again before older rows are dropped.
+    """
 
     rows: Count  # in segments that have their final name
     lost: Count
+    dropped: Count = 0  # rows of older segments, which the quota removed
+    first_segment: Count = 1  # the number of the oldest one that was not removed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +121,18 @@ class Meta:
     lost_tasks: Count  # threads that could not be taken up: nothing of them is recorded
     recorder: RecorderUse
     notes: list[str]  # plain sentences about what went wrong or was left out
+    loader: str = "libbpf"  # what compiled and loaded the probes: libbpf or bcc
+    own_tables: list[OwnTable] = field(default_factory=list)
+    keep_bytes: Count | None = None  # the quota: older segments are removed when there is more,
+    keep_ns: Count | None = None  # or when they are as old; None: no quota
+    dropped_until_ns: Count | None = None  # of what was before this, nothing is left; None: all is
+
+    shares_quota: bool = False  # the quota is for all recordings of its folder that say so
+
+    @property
+    def has_quota(self) -> bool:
+        """Whether old segments may have been removed."""
+        return self.keep_bytes is not None or self.keep_ns is not None
 
 
 def read_meta(path: Path) -> Meta:
@@ -225,13 +253,13 @@ def _build(into: type[T], value: object, where: str, file: Path) -> T:
         raise _damaged(file, f"{where or 'it'} is not an object")
     hints = typing.get_type_hints(into, include_extras=True)
     arguments = {}
-    for field in fields(into):  # type: ignore[arg-type]  # every caller passes a dataclass
-        name = f"{where}.{field.name}" if where else field.name
-        if field.name not in value:
-            if field.default is not MISSING:
+    for each in fields(into):  # type: ignore[arg-type]  # every caller passes a dataclass
+        name = f"{where}.{each.name}" if where else each.name
+        if each.name not in value:
+            if each.default is not MISSING or each.default_factory is not MISSING:
                 continue
             raise _damaged(file, f"{name} is missing")
-        arguments[field.name] = _convert(hints[field.name], value[field.name], name, file)
+        arguments[each.name] = _convert(hints[each.name], value[each.name], name, file)
     return into(**arguments)
 
 

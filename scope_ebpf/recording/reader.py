@@ -16,6 +16,7 @@ from scope_ebpf.recording import readable
 from scope_ebpf.recording.directory import META_FILE, SUFFIX
 from scope_ebpf.recording.flows import BIRTHS, ThreadContexts
 from scope_ebpf.recording.meta import Meta, read_meta
+from scope_ebpf.recording.own_tables import schema_of
 from scope_ebpf.recording.schema import SCHEMAS
 from scope_ebpf.recording.segments import (
     Segment,
@@ -26,6 +27,7 @@ from scope_ebpf.recording.segments import (
     scan,
     verify_bytes,
 )
+from scope_ebpf.records import ProcessEvent
 
 if TYPE_CHECKING:
     from scope_ebpf.analysis.chains import Chains
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 # What a message takes over from its connection. connections has no other row with this id.
 _ENDPOINTS = ["kind", "local_address", "local_port", "local_path"]
 _ENDPOINTS += ["remote_address", "remote_port", "remote_path"]
+# How often a recording that drops its oldest segments meanwhile is opened.
+_ATTEMPTS = 5
 
 
 def open_recording(path: str | os.PathLike[str], *, verify: bool = True) -> Recording:
@@ -60,8 +64,22 @@ def open_recording(path: str | os.PathLike[str], *, verify: bool = True) -> Reco
         raise RecordingError(
             f"the path {str(absolute)!r} is not UTF-8, and polars reads no other; rename it"
         ) from None
-    meta = read_meta(absolute)  # before the segments, so that they are at least what it counts
-    segments = {table: list_segments(absolute / table) for table in SCHEMAS}
+    for attempt in range(_ATTEMPTS):
+        meta = read_meta(absolute)  # before the segments, so that they are at least what it counts
+        try:
+            tables = [*SCHEMAS, *(own.name for own in meta.own_tables)]
+            segments = {
+                table: list_segments(
+                    absolute / table,
+                    meta.tables[table].first_segment if table in meta.tables else 1,
+                )
+                for table in tables
+            }
+            break
+        except RecordingError:
+            # its recorder may be removing old segments at this moment
+            if attempt == _ATTEMPTS - 1 or meta.complete or not meta.has_quota:
+                raise
     return Recording(absolute, meta, segments, verify=verify)
 
 
@@ -93,6 +111,8 @@ class Recording:
         self.path = path
         self.meta = meta
         self._segments = segments
+        own = {table.name: schema_of(table.columns) for table in meta.own_tables}
+        self._schemas: dict[str, pl.Schema] = {**own, **SCHEMAS}
         self._verify = verify
         self._checked: set[str] = set()
         self._rows: dict[str, int] = {}
@@ -104,15 +124,26 @@ class Recording:
     def __repr__(self) -> str:
         return f"<Recording {self.path}>"
 
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The names of all tables: those that every recording has, then those of the user's programs."""
+        own = [table.name for table in self.meta.own_tables]
+        return (*SCHEMAS, *(name for name in own if name not in SCHEMAS))
+
     def table(self, name: str) -> pl.LazyFrame:
         """The table of this name, with the columns that the property of the same name documents.
 
+        Tables of the user's programs (`meta.own_tables`) have the columns of the struct in their source,
+        and `time_ns`, when each row was submitted, if the kernel told that.
+
         Raises `UsageError` if there is no such table.
         """
-        if name not in SCHEMAS:
-            close = difflib.get_close_matches(name, SCHEMAS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(SCHEMAS)}"
+        if name not in self._schemas:
+            close = difflib.get_close_matches(name, self.tables, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(self.tables)}"
             raise UsageError(f"there is no table {name!r}; {hint}")
+        if name not in SCHEMAS:
+            return self._stored(name)
         frame = getattr(self, name)
         assert isinstance(frame, pl.LazyFrame)
         return frame
@@ -121,8 +152,9 @@ class Recording:
     def processes(self) -> pl.LazyFrame:
         """One row per event in a process's or thread's life.
 
-        - `time_ns`; `event`: `alive` (it ran when the recording began), `fork`, `thread`, `exec`,
-          `exit` (of the whole process) or `thread_exit`
+        - `time_ns`; `event`: `alive` (it ran when the recording, or what is left of it, began),
+          `fork`, `thread`, `exec`, `moved` (to another cgroup), `exit` (of the whole process) or
+          `thread_exit`
         - `tgid`, `tid`, `parent_tgid`; `parent_tid`: for fork and thread the thread that made it,
           for exec the tid before
         - `comm`; `command_line`: shell-quoted, null if not known; `command_line_bytes`: of the
@@ -132,6 +164,15 @@ class Recording:
         - `start_boottime_ns`: CLOCK_BOOTTIME when it was made; with `tgid` it names it for good
         """
         stored = self._stored("processes")
+        if self.meta.has_quota:
+            # what was told again counts where what was told first was dropped
+            life = ("tgid", "tid", "start_boottime_ns")
+            again = pl.col("event") == int(ProcessEvent.PROCESS_STILL)
+            first = pl.col("time_ns") == pl.col("time_ns").min().over(life)
+            alive = pl.lit(int(ProcessEvent.PROCESS_ALIVE), pl.UInt8)
+            stored = stored.filter(~again | first).with_columns(
+                event=pl.when(again).then(alive).otherwise("event")
+            )
         frame = stored.with_columns(readable.event(), readable.signal())
         return frame.select(_with_after(stored, {"signal": ["signal_name"]}))
 
@@ -219,7 +260,11 @@ class Recording:
         - `netns`: inode of the network namespace
         - `send_stream`, `receive_stream`: name the bytes of one direction, the same at both ends
         """
-        return self._stored("connections")
+        stored = self._stored("connections")
+        if self.meta.has_quota:
+            # they are told again, too
+            return stored.unique("connection", keep="first", maintain_order=True)
+        return stored
 
     @property
     def connects(self) -> pl.LazyFrame:
@@ -307,7 +352,11 @@ class Recording:
           contexts and its greenlets are told apart, and waits for its GIL are seen
         - `reason`: why something of that is missing; null: nothing is
         """
-        return self._stored("interpreters")
+        stored = self._stored("interpreters")
+        if self.meta.has_quota:
+            told = [name for name in SCHEMAS["interpreters"] if name != "time_ns"]
+            return stored.unique(told, keep="first", maintain_order=True)
+        return stored
 
     @property
     def samples(self) -> pl.LazyFrame:
@@ -489,10 +538,15 @@ class Recording:
         except (OSError, ValueError, OverflowError, psutil.Error):
             return False
 
+    @property
+    def since_ns(self) -> int:
+        """Since when it tells everything: from its start, or from where its quota has left it."""
+        return self.meta.dropped_until_ns or self.meta.started_ns
+
     def rows(self, name: str) -> int:
         """How many rows a table has on disk; only Parquet footers are read."""
         if name not in self._rows:
-            self._rows[name] = count_rows(self._segments[name], SCHEMAS[name])
+            self._rows[name] = count_rows(self._segments[name], self._schemas[name])
         return self._rows[name]
 
     def size_bytes(self, name: str) -> int:
@@ -506,11 +560,11 @@ class Recording:
         with the format and, if the recording ended properly, the number of rows with meta.json's.
         Raises `FormatError` or `RecordingError`, which name the file and what to do.
         """
-        for table in tables or SCHEMAS:
+        for table in tables or self.tables:
             segments = self._segments[table]
             if verify:
                 verify_bytes(segments, complete=self.meta.complete)
-            check_columns(segments, SCHEMAS[table])
+            check_columns(segments, self._schemas[table])
             counted = self.meta.tables.get(table)
             expected = counted.rows if counted else 0
             if self.meta.complete and self.rows(table) != expected:
@@ -531,7 +585,7 @@ class Recording:
     def _stored(self, table: str) -> pl.LazyFrame:
         if table not in self._checked:
             self.check(table, verify=self._verify)
-        return scan(self._segments[table], SCHEMAS[table])
+        return scan(self._segments[table], self._schemas[table])
 
     def thread_contexts(self) -> ThreadContexts | None:
         """The logical context of each thread at any time; None: no thread was in one."""

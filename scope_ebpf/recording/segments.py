@@ -53,11 +53,12 @@ def reading(what: str) -> Iterator[None]:
         raise RecordingError(f"cannot read {what}: {error.strerror or error}") from error
 
 
-def list_segments(folder: Path) -> list[Segment]:
+def list_segments(folder: Path, first: int = 1) -> list[Segment]:
     """The segments of a table in the order of their numbers; none if the folder is missing.
 
-    Parts (`.NAME.part`) and other hidden files are ignored. Raises `FormatError` for a Parquet file
-    that is not named like a segment, and `RecordingError` if a segment is missing or there twice.
+    Those before number `first` were dropped: one that is still there does not count. Parts
+    (`.NAME.part`) and other hidden files are ignored. Raises `FormatError` for a Parquet file that is
+    not named like a segment, and `RecordingError` if a segment is missing or there twice.
     """
     segments = []
     with reading(str(folder)):
@@ -76,9 +77,10 @@ def list_segments(folder: Path) -> list[Segment]:
                 )
             if not entry.is_file():  # opening a named pipe would wait for ever
                 raise FormatError(f"{entry.path} is not a regular file; copy the recording again")
-            segments.append(Segment(Path(entry.path), *parsed, entry.stat().st_size))
+            if parsed[0] >= first:
+                segments.append(Segment(Path(entry.path), *parsed, entry.stat().st_size))
     segments.sort(key=lambda segment: segment.number)
-    for expected, segment in enumerate(segments, start=1):
+    for expected, segment in enumerate(segments, start=first):
         if segment.number > expected:
             raise RecordingError(
                 f"segment {expected:06d} of {folder} is missing; copy the recording again"

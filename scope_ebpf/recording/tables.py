@@ -1,7 +1,7 @@
 """Records as the probes write them, turned into the tables of a recording."""
 
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -329,6 +329,14 @@ def process_row(
         "signal": status & 0x7F if exited and status & 0x7F else None,
         "start_boottime_ns": int(record["start_boottime_ns"]),
     }
+
+
+def new_cgroups(runs: Iterable[Run]) -> Iterator[tuple[int, str]]:
+    """Ids and paths of the cgroups that were made, among the wide slots."""
+    for _, _, slots in runs:
+        for record in typed(slots[slots["kind"] == RecordKind.RECORD_CGROUP], records.PROCESS):
+            if record["command_line_bytes"]:
+                yield int(record["cgroup"]), text(record["command_line"])
 
 
 def wide_frames(

@@ -2,9 +2,11 @@
 
 import json
 import os
+import time
 import zlib
+from collections import Counter, deque
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -21,6 +23,22 @@ RESERVE_FILE = ".reserve"
 RESERVE_BYTES = 1 << 16
 
 
+# What a file takes on the disk, in blocks of most file systems.
+BLOCK_BYTES = 4096
+
+
+@dataclass
+class Chunk:
+    """What was written from one telling (see loaders/capture.py) to the next: it goes as a whole."""
+
+    began_ns: int
+    began_at: float  # of time.monotonic()
+    disk_bytes: int = 0
+    files: list[Path] = field(default_factory=list)
+    rows: Counter[str] = field(default_factory=Counter)
+    segments: Counter[str] = field(default_factory=Counter)
+
+
 class RecordingWriter:
     """Writes tables segment by segment. Not thread-safe; one thread writes."""
 
@@ -32,11 +50,15 @@ class RecordingWriter:
         """
         self.path = path
         self.meta = meta
-        self.rows = dict.fromkeys(SCHEMAS, 0)
+        tables = [*SCHEMAS, *(own.name for own in meta.own_tables)]
+        self.rows = dict.fromkeys(tables, 0)
         self.bytes_on_disk = 0
-        self._numbers = dict.fromkeys(SCHEMAS, 0)
+        self._numbers = dict.fromkeys(tables, 0)
+        self._dropped_rows = Counter[str]()
+        self._dropped_segments = Counter[str]()
+        self.chunks = deque([Chunk(meta.started_ns, time.monotonic())])
         # the first segment of a table must not wait for its folder to be made
-        for table in SCHEMAS:
+        for table in tables:
             self._make_folder(path / table)
         self._keep_reserve()
         write_meta(path, meta, durable=True)
@@ -89,6 +111,50 @@ class RecordingWriter:
         self._numbers[table] = number
         self.rows[table] += len(rows)
         self.bytes_on_disk += len(data)
+        chunk = self.chunks[-1]
+        chunk.files.append(folder / name)
+        chunk.disk_bytes += -(-len(data) // BLOCK_BYTES) * BLOCK_BYTES
+        chunk.rows[table] += len(rows)
+        chunk.segments[table] += 1
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the segments take on the disk, in whole blocks."""
+        return sum(chunk.disk_bytes for chunk in self.chunks)
+
+    def begin_chunk(self, began_ns: int) -> None:
+        """From here on, nothing refers to what was written before."""
+        self.chunks.append(Chunk(began_ns, time.monotonic()))
+
+    def note(self, sentence: str) -> None:
+        """Add a sentence to meta.json when it is written next."""
+        self.meta = replace(self.meta, notes=[*self.meta.notes, sentence])
+
+    def drop_chunk(self, lost: dict[str, int], use: RecorderUse) -> None:
+        """Remove the oldest chunk, of two or more.
+
+        meta.json says so first, and waits for the disk: what it names is there whatever happens.
+
+        Raises:
+            RecordingError: meta.json could not be written, or a segment not be removed.
+        """
+        chunk = self.chunks.popleft()
+        for table, rows in chunk.rows.items():
+            self.rows[table] -= rows
+        self._dropped_rows += chunk.rows
+        self._dropped_segments += chunk.segments
+        self.meta = replace(self.meta, dropped_until_ns=self.chunks[0].began_ns)
+        self.write_meta(lost, use, durable=True)
+        for file in chunk.files:
+            try:
+                self.bytes_on_disk -= file.stat().st_size
+                file.unlink()
+            except FileNotFoundError:
+                continue  # somebody was faster
+            except OSError as error:
+                raise RecordingError(
+                    f"cannot remove {file}: {error.strerror}; the quota cannot be kept"
+                ) from error
 
     def write_meta(
         self,
@@ -97,6 +163,7 @@ class RecordingWriter:
         *,
         ended_ns: int | None = None,
         complete: bool = False,
+        durable: bool = False,
         notes: tuple[str, ...] = (),
     ) -> None:
         """Write meta.json anew, with the counts so far.
@@ -106,13 +173,20 @@ class RecordingWriter:
             use: what recording took so far.
             ended_ns: when recording ended; None while it goes on.
             complete: everything that was drained is in the tables.
+            durable: wait until it would survive a power cut, as at the end.
             notes: sentences to add.
 
         Raises:
             RecordingError: it could not be written.
         """
         counts = {
-            table: TableCount(rows=self.rows[table], lost=lost.get(table, 0)) for table in self.rows
+            table: TableCount(
+                rows=self.rows[table],
+                lost=lost.get(table, 0),
+                dropped=self._dropped_rows[table],
+                first_segment=self._dropped_segments[table] + 1,
+            )
+            for table in self.rows
         }
         counts["payloads"] = TableCount(rows=0, lost=lost.get("payloads", 0))
         self.meta = replace(
@@ -124,7 +198,7 @@ class RecordingWriter:
             complete=complete,
             notes=[*self.meta.notes, *notes],
         )
-        write_meta(self.path, self.meta, durable=ended_ns is not None)
+        write_meta(self.path, self.meta, durable=durable or ended_ns is not None)
 
     def _make_folder(self, folder: Path) -> None:
         try:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from scope_ebpf.families import FAMILIES
@@ -44,6 +45,16 @@ def doctor(results):
 def test_this_is_the_kernel_that_was_asked_for(kernel):
     assert platform.release().startswith(".".join(map(str, kernel)) + ".")
     assert os.geteuid() == 0
+
+
+def test_the_emulated_cpu_computes_right():
+    values = [i % 60 + 1 for i in range(75)]
+    keys = [i % 3 for i in range(75)]
+    frame = pl.DataFrame({"key": keys, "value": pl.Series(values, dtype=pl.UInt32)})
+    sums = dict(frame.group_by("key").agg(pl.col("value").sum()).iter_rows())
+    assert sums == {
+        key: sum(v for k, v in zip(keys, values, strict=True) if k == key) for key in (0, 1, 2)
+    }
 
 
 def test_doctor(doctor, kernel):

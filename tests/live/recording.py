@@ -33,7 +33,7 @@ PROGRAMS = Path(__file__).with_name("programs")
 # What every recording command is told by the fixture each_transport.
 TRANSPORT: tuple[str, ...] = ()
 ATTACH_SECONDS = 30
-END_SECONDS = 60
+END_SECONDS = 150  # on an emulated CPU that others use, too
 
 
 class Target:
@@ -175,7 +175,11 @@ def scope_ebpf_command(
 
 @contextmanager
 def recorder(
-    path: Path, *arguments: object, environment: Mapping[str, str] | None = None, **options: Any
+    path: Path,
+    *arguments: object,
+    environment: Mapping[str, str] | None = None,
+    attach_seconds: float = ATTACH_SECONDS,
+    **options: Any,
 ) -> Iterator[Session]:
     """Run a program that records to `path`; go on when it says that the probes are at work.
 
@@ -192,7 +196,7 @@ def recorder(
         **options,
     )
     session = Session(process, path)
-    stuck = threading.Timer(ATTACH_SECONDS, process.kill)
+    stuck = threading.Timer(attach_seconds, process.kill)
     stuck.start()
     try:
         assert process.stderr is not None

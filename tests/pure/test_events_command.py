@@ -19,8 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scope_ebpf import open_recording
-from scope_ebpf.cli.events import SHOWN, TABLES, events
+from scope_ebpf.cli.events import SHOWN, events
 from scope_ebpf.errors import RecordingError, ScopeError, UsageError
+from scope_ebpf.families import TABLES
 from scope_ebpf.recording.schema import SCHEMAS
 from tests.pure.recordings import ROWS, at, make_recording
 
@@ -221,7 +222,8 @@ def test_bad_columns_are_misuse(path):
 
 def test_other_misuse(path):
     assert "exclude each other" in refused(path, "syscalls", "--json", "--csv")
-    for arguments in (["nothing"], ["syscalls", "--limit", "0"], []):
+    assert "there is no table 'nothing'" in refused(path, "nothing")
+    for arguments in (["syscalls", "--limit", "0"], []):
         assert run(path, *arguments).exit_code == 2
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scope_ebpf.errors import FormatError
+from scope_ebpf.errors import FormatError, ScopeError
 from scope_ebpf.loaders import privileges
 from scope_ebpf.loaders.privileges import (
     CAPABILITIES,
@@ -170,3 +170,18 @@ def test_account_without_an_entry(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     account = invoking_account({"SUDO_UID": "4294967001", "SUDO_GID": "12"})
     assert account == privileges.Account(User(4294967001, 12), None, "/", "/bin/sh", (12,))
+
+
+@pytest.mark.parametrize("absent", privileges.NEEDED)
+def test_what_is_missing_is_said_with_what_it_is_for(absent, monkeypatch):
+    monkeypatch.setattr(privileges, "highest_capability", lambda: 40)
+    held = set(privileges.NEEDED) - {absent}
+    with pytest.raises(
+        ScopeError, match=f"^cannot record: {absent} is missing, which .*; run as root"
+    ):
+        privileges.require(held, "record")
+    privileges.require(privileges.NEEDED, "record")
+    with pytest.raises(
+        ScopeError, match=r"CAP_BPF is missing, .* \(and CAP_PERFMON, CAP_SYS_PTRACE, "
+    ):
+        privileges.require((), "record")

@@ -6,9 +6,18 @@ from typing import Any
 
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scope_ebpf.analysis.schema import SPANS
-from scope_ebpf.analysis.services import OUTSIDE, SERVICE_MAP, service_map, service_names
+from scope_ebpf.analysis.services import (
+    OUTSIDE,
+    SERVICE_MAP,
+    add_services,
+    service_lives,
+    service_map,
+    service_names,
+)
 
 pytestmark = pytest.mark.pure
 SCHEMA = {
@@ -270,3 +279,84 @@ def test_unfinished_calls_are_counted_but_have_no_quantiles():
 
 def test_no_spans_make_an_empty_map():
     assert mapped() == []
+
+
+# ---- numbers that are used again ----
+
+
+def lives(*rows: dict[str, Any]) -> list[tuple[int, int, str, str | None]]:
+    return service_lives(pl.DataFrame(list(rows), schema=SCHEMA)).rows()
+
+
+def test_a_number_that_is_used_again_is_another_process():
+    first = process(7, "gunicorn web:app", time_ns=10)
+    rows = [
+        first,
+        process(7, None, time_ns=15, event="thread", tid=8, comm="pool"),
+        process(7, None, time_ns=20, event="exit"),
+        process(7, None, time_ns=21, event="thread_exit", tid=8, comm="pool"),
+        process(7, None, time_ns=30, event="fork", comm="sh"),
+        process(7, "redis-server", time_ns=31, event="exec", cgroup="/system.slice/cache.service"),
+        process(7, None, time_ns=40, event="exit", comm="redis-server", cgroup=None),
+        # the row of its birth was lost
+        process(7, "python /srv/mail.py", time_ns=50, event="exec"),
+        process(9, "rq worker", time_ns=1),
+    ]
+    found = lives(*reversed(rows))
+    assert [(tgid, service, place) for tgid, _, service, place in found] == [
+        (7, "web", None),
+        (7, "redis", "cache.service"),
+        (7, "mail", None),
+        (9, "rq", None),
+    ]
+    calls = pl.DataFrame(
+        {"tgid": [7, 7, 9, 7, 5, 7, 7], "at": [5, 29, 99, 30, 1, 60, None]},
+        schema={"tgid": pl.UInt32, "at": pl.Int64},
+    )
+    named = add_services(calls, service_lives(pl.DataFrame(rows, schema=SCHEMA)), "at")
+    assert named["service"].to_list() == ["web", "web", "rq", "redis", None, "mail", "web"]
+    assert names(*rows) == {7: "mail", 9: "rq"}
+
+
+def test_what_was_forked_and_executed_nothing_is_what_its_parent_was():
+    rows = [
+        process(7, "gunicorn web:app", time_ns=1),
+        process(8, None, time_ns=5, event="fork", parent_tgid=7, comm="gunicorn"),
+        process(9, None, time_ns=6, event="fork", parent_tgid=8, comm="gunicorn"),
+        process(7, "python /srv/other.py", time_ns=8, event="exec", parent_tgid=1),
+        process(10, None, time_ns=9, event="fork", parent_tgid=7),
+        # nobody forked that one, as far as is known: its comm is all that there is
+        process(11, None, time_ns=9, event="alive", parent_tgid=7, comm="worker"),
+    ]
+    assert names(*rows) == {7: "other", 8: "web", 9: "web", 10: "other", 11: "worker"}
+
+
+def test_a_helper_is_named_by_the_parent_that_had_the_number_then():
+    spawned = "python -c 'from multiprocessing.spawn import spawn_main; spawn_main(3)'"
+    rows = [
+        process(7, "uvicorn web:app --workers 2", time_ns=1),
+        process(8, spawned, time_ns=2, event="fork", parent_tgid=7),
+        process(7, None, time_ns=3, event="exit"),
+        process(7, None, time_ns=4, event="fork"),
+        process(7, "uvicorn shop:app --workers 2", time_ns=5, event="exec"),
+        process(9, spawned, time_ns=6, event="fork", parent_tgid=7),
+    ]
+    assert names(*rows) == {7: "shop", 8: "web", 9: "shop"}
+
+
+@given(st.data())
+def test_each_call_finds_the_process_that_made_it(data):
+    """Against a plain search: the last birth of that number up to then, or its first one."""
+    pairs = st.tuples(st.integers(1, 4), st.integers(0, 50))
+    births = sorted(data.draw(st.sets(pairs, min_size=1, max_size=20)), key=lambda pair: pair[1])
+    rows = [
+        process(tgid, f"python /srv/s{at}x{tgid}.py", time_ns=at, event="fork")
+        for tgid, at in births
+    ]
+    asked = data.draw(st.lists(pairs, max_size=20))
+    calls = pl.DataFrame(asked, schema={"tgid": pl.UInt32, "at": pl.Int64}, orient="row")
+    named = add_services(calls, service_lives(pl.DataFrame(rows, schema=SCHEMA)), "at")
+    for (tgid, at), service in zip(asked, named["service"], strict=True):
+        own = [when for number, when in births if number == tgid]
+        before = [when for when in own if when <= at] or own[:1]
+        assert service == (f"s{before[-1]}x{tgid}" if before else None)

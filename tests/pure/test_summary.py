@@ -274,3 +274,42 @@ def test_help_has_examples():
 )  # fmt: skip
 def test_durations_have_three_digits(ns, text):
     assert units.duration(ns) == text
+
+
+def test_services_are_grouped_by_where_they_run(tmp_path):
+    """One row per service and unit or container; a number that is used again is another process."""
+    unit, other = "/system.slice/shop.service", f"/docker/{'ab' * 32}"
+    rows: dict[str, list[dict[str, Any]]] = {
+        "processes": [
+            {"time_ns": at(0), "event": 0, "tgid": 7, "tid": 7, "comm": "redis-server", "cgroup": unit},
+            {"time_ns": at(0), "event": 0, "tgid": 8, "tid": 8, "comm": "redis-server", "cgroup": other},
+            {"time_ns": at(50), "event": 4, "tgid": 8, "tid": 8, "comm": "redis-server",
+             "cgroup": other},
+            {"time_ns": at(60), "event": 1, "tgid": 8, "tid": 8, "comm": "true",
+             "start_boottime_ns": 5},
+        ],
+        "syscalls": [
+            {"start_ns": at(1), "duration_ns": 5, "tgid": 7, "tid": 7},
+            {"start_ns": at(2), "duration_ns": 7, "tgid": 8, "tid": 8, "result": -2},
+            {"start_ns": at(3), "duration_ns": 7, "tgid": 8, "tid": 8},
+            {"start_ns": at(70), "duration_ns": 9, "tgid": 8, "tid": 8},
+            {"start_ns": at(70), "duration_ns": 9, "tgid": 99, "tid": 99},
+        ],
+        "offcpu": [
+            {"start_ns": at(1), "duration_ns": 100, "runnable_ns": 30, "tgid": 8, "state": 1},
+        ],
+    }  # fmt: skip
+    found = summary_of(tmp_path, rows)
+    assert (found.processes, found.threads) == (3, 3)
+    told = [
+        (row.service, row.place, row.processes, row.calls, row.errors, row.calls_ns, row.waiting_ns)
+        for row in found.services
+    ]
+    assert told == [
+        ("redis", "docker abababababab", 1, 2, 1, 14, 70),
+        ("redis", "shop.service", 1, 1, 0, 5, 0),
+        ("true", None, 1, 1, 0, 9, 0),
+        (None, None, 0, 1, 0, 9, 0),
+    ]
+    shown = run(tmp_path / "a.scope").stdout
+    assert "docker abababababab" in shown and "shop.service" in shown and "(name lost)" in shown

@@ -1,0 +1,37 @@
+#!/bin/sh
+# install_service.sh install|uninstall COMMAND FOLDER: called by `make install-service` and its opposite.
+#
+# Puts scope-ebpf.service, which runs COMMAND, into FOLDER. Nothing is started: that is said, not done.
+set -eu
+
+action=$1
+command=$2
+unit=$3/scope-ebpf.service
+source=$(dirname "$0")/scope-ebpf.service
+
+fail() {
+    echo "$*" >&2
+    exit 1
+}
+
+case $action in
+install)
+    mkdir -p "$3" 2>/dev/null && [ -w "$3" ] ||
+        fail "cannot install into $3: permission denied; run sudo make install-service"
+    sed "s|^ExecStart=[^ ]*|ExecStart=$command|" "$source" >"$unit.part"
+    mv "$unit.part" "$unit"
+    echo "installed $unit; start it with: systemctl daemon-reload && systemctl enable --now scope-ebpf"
+    ;;
+uninstall)
+    if [ ! -e "$unit" ]; then
+        echo "nothing to remove: $unit is not there"
+        exit 0
+    fi
+    [ -w "$3" ] || fail "cannot remove $unit: permission denied; run sudo make uninstall-service"
+    rm "$unit"
+    echo "removed $unit; its recordings stay in /var/lib/scope-ebpf"
+    ;;
+*)
+    fail "install_service.sh takes install or uninstall, not '$action'"
+    ;;
+esac

@@ -1,0 +1,168 @@
+"""BCC on each kernel of the lab: the same rows as libbpf's of the same work, and programs of the user's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from scope_ebpf.families import BCC_FAMILIES
+from tests.live import recording
+from tests.live.recording import Target, attached
+
+# a compile takes up to two minutes in an emulated guest
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(400)]
+
+PROGRAMS = Path(__file__).with_name("programs")
+EVERYTHING = (sys.executable, PROGRAMS / "everything.py")
+GETPPIDS, MISSING, SLEEPS = 24, 11, 7
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """What is waited for is slow here."""
+    monkeypatch.setattr(recording, "ATTACH_SECONDS", 300)
+
+
+def record(directory, *options):
+    """Record the workload; the session."""
+    directory.mkdir()
+    with Target(*EVERYTHING) as target, attached(directory, target, *options) as session:
+        target.work()
+    assert session.table("losses").is_empty()
+    return session
+
+
+def recorded(tmp_path_factory, *options):
+    """The session of one loader."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording, "ATTACH_SECONDS", 300)
+        families = ("--families", ",".join(BCC_FAMILIES))
+        return record(tmp_path_factory.mktemp("loader") / "it", *families, *options)
+
+
+@pytest.fixture(scope="module")
+def bcc(tmp_path_factory):
+    """The work recorded by BCC, and by a program of the user's beside it."""
+    own = ("--bcc-probe", PROGRAMS / "getppids.c")
+    return recorded(tmp_path_factory, "--loader", "bcc", *own)
+
+
+@pytest.fixture(scope="module")
+def libbpf(tmp_path_factory):
+    """The same work recorded by libbpf."""
+    return recorded(tmp_path_factory, "--loader", "libbpf")
+
+
+def test_meta_tells_the_loader(bcc, libbpf):
+    assert bcc.recording.meta.loader == "bcc"
+    assert libbpf.recording.meta.loader == "libbpf"
+
+
+def counted(session, table, *columns, **chosen) -> Counter[tuple[object, ...]]:
+    """How often each combination of columns is in a table."""
+    rows = session.table(table)
+    for name, values in chosen.items():
+        rows = rows.filter(pl.col(name).is_in(values))
+    return Counter(rows.select(columns).iter_rows())
+
+
+def test_the_same_processes(bcc, libbpf):
+    columns = ("event", "command_line", "exit_code", "signal", "comm")
+    expected, found = (counted(session, "processes", *columns) for session in (libbpf, bcc))
+    assert found == expected
+    assert sum(expected.values()) >= 11
+
+
+def test_the_same_system_calls(bcc, libbpf):
+    columns = ("name", "error", "status")
+    expected, found = (counted(session, "syscalls", *columns) for session in (libbpf, bcc))
+    # waiting for a lock or a child is one call or more, as it happens
+    as_it_happens = {"futex", "wait4", "rt_sigreturn", "restart_syscall"}
+    for rows in (expected, found):
+        for key in [key for key in rows if key[0] in as_it_happens]:
+            del rows[key]
+    assert found == expected
+    assert found["getppid", None, "complete"] == GETPPIDS
+    assert found["clock_nanosleep", None, "complete"] == SLEEPS + 1
+
+
+def test_the_same_messages(bcc, libbpf):
+    columns = ("direction", "kind", "name", "length_bytes", "turn", "exact", "peek", "payload")
+    expected, found = (counted(session, "messages", *columns) for session in (libbpf, bcc))
+    assert found == expected
+    assert sum(expected.values()) > 200
+
+
+def test_the_same_ranges(bcc, libbpf):
+    """Every byte that was sent is one that was received, in both."""
+    for session in (libbpf, bcc):
+        matched = session.recording.collect(session.recording.messages_matched())
+        reasons = Counter(matched["unmatched"].to_list())
+        assert reasons[None] > 100, reasons
+
+
+def test_the_same_connects(bcc, libbpf):
+    columns = ("kind", "remote_address", "error")
+    expected, found = (counted(session, "connects", *columns) for session in (libbpf, bcc))
+    assert found == expected
+    assert found["tcp", "127.0.0.1", "ECONNREFUSED"] == 1
+
+
+def test_the_same_sleeps(bcc, libbpf):
+    for session in (libbpf, bcc):
+        rows = session.table("offcpu").filter(name="clock_nanosleep", status="complete", state="S")
+        assert len(rows) == SLEEPS + 1
+        assert rows["duration_ns"].min() >= 10_000_000
+
+
+def test_own_program(bcc):
+    """Its rows are those of the table syscalls, with the columns of its struct."""
+    session = bcc
+    tables = session.recording.tables
+    assert tables[-2:] == ("getppids_calls", "getppids_ring")
+    calls = session.table("getppids_calls")
+    assert dict(calls.schema) == {
+        "time_ns": pl.Int64, "ts": pl.UInt64, "tgid": pl.UInt32, "tid": pl.UInt32, "number": pl.Int64,
+        "leader": pl.Boolean, "comm": pl.String, "bytes": pl.List(pl.UInt8), "pair": pl.List(pl.Int16),
+    }  # fmt: skip
+    known = session.table("syscalls").filter(name="getppid")
+    assert calls.select("tgid", "tid").rows() == known.select("tgid", "tid").rows()
+    assert (calls["ts"].cast(pl.Int64) - known["start_ns"]).abs().max() < 5_000_000
+    assert calls["leader"].sum() == GETPPIDS - 1
+    assert set(calls["comm"]) <= {"python", "python3", "Thread-1 (getpp"}
+    assert calls["bytes"].to_list() == [[0, 7, 0, 0]] * GETPPIDS
+    assert calls["pair"].to_list() == [[-3, 0]] * GETPPIDS
+    ring = session.table("getppids_ring")
+    assert ring.rows() == calls.drop("time_ns").rows()
+    (first, second) = session.recording.meta.own_tables
+    assert (first.source, first.output, second.output) == ("getppids.c", "calls", "ring")
+
+
+def test_nothing_is_left(bcc):
+    """Afterwards nothing of ours is in the kernel."""
+    if not Path("/usr/sbin/bpftool").exists():
+        pytest.skip("optional: there is no bpftool in this guest")
+    shown = subprocess.run(["bpftool", "prog"], capture_output=True, text=True, check=True).stdout
+    assert "on_sys_exit" not in shown and "scope_on_fork" not in shown
+
+
+def test_bad_source(tmp_path):
+    source = tmp_path / "bad.c"
+    source.write_text(
+        "struct row { u64 value; };\nBPF_PERF_OUTPUT(rows);\n"
+        "int kprobe__do_nanosleep(void *ctx)\n{\n"
+        "    struct row row = {};\n    row.wrong = 1;\n"
+        "    rows.perf_submit(ctx, &row, sizeof(row));\n    return 0;\n}\n"
+    )
+    command = [recording.COMMAND, "run", "-o", tmp_path / "a.scope", "--bcc-probe", source, "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2
+    first, *words = done.stderr.splitlines()
+    assert first == "error: cannot compile bad.c: the compiler found an error; mend what it says:"
+    assert "bad.c:6:9: error: no member named 'wrong' in 'struct row'" in words[0]
+    assert not (tmp_path / "a.scope").exists()
