@@ -34,6 +34,11 @@ CORE = ("processes", "syscalls", "messages", "offcpu")
 KERNEL = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
 # Atomic fetch-and-add in BPF is from 5.12 (commit 5ffa25502b5a); one version later is all that rings need.
 FIRST_WITH_RINGS = (5, 13)
+# Programs at system calls may be preempted there, so two of them meet in one stage of probes/perf.h, and
+# most records are lost (and counted). `auto` takes rings there.
+FIRST_WITHOUT_PERF = (7, 0)
+# Its programs are not accepted by the verifiers of all kernels yet, and a compile takes a minute in a guest.
+WITH_BCC = bool(os.environ.get("LAB_BCC"))
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,14 @@ def ways() -> list[Way]:
     options = known_options()
     transports: list[str | None] = [None]
     if "--transport" in options:
-        transports = ["rings", "perf"] if KERNEL >= FIRST_WITH_RINGS else ["perf"]
+        transports = [
+            *(["rings"] if KERNEL >= FIRST_WITH_RINGS else []),
+            *(["perf"] if KERNEL < FIRST_WITHOUT_PERF else []),
+        ]
     if "--loader" not in options:
         return [Way(None, transport) for transport in transports]
     found = [Way("libbpf", transport) for transport in transports]
-    if has_headers() and has_bcc():
+    if WITH_BCC and has_headers() and has_bcc():
         # each BCC compile takes long on an emulated guest: one transport, the loader's own choice
         found.append(Way("bcc", None))
     return found
