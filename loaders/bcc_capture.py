@@ -30,7 +30,14 @@ GLOBALS_MAP = "scope_global"
 STAGES = {"on_message": "stages"}
 ITERATORS = ("on_mark_tasks", "on_list_files", "on_list_open")
 # Globals of probes that are not there: user space may write them all the same.
-UNUSED_GLOBALS = ("tls_wanted", "hits_wanted", "calls_wanted")
+UNUSED_GLOBALS = (
+    "tls_wanted",
+    "hits_wanted",
+    "calls_wanted",
+    "rings_met",
+    "transfers_since",
+    "transfers_wanted",
+)
 
 
 def choose_loader(wanted: str) -> str:
@@ -150,7 +157,8 @@ class BccObject:
             for name, table in STAGES.items():
                 self._set(table, c.c_int(0), c.c_int(self._load_stage(name).fd))
         for number, value in enumerate(self._message_classes):
-            if value:
+            # io_uring is met for the sake of programs that BCC does not have
+            if value not in (0, records.MessageClass.MESSAGE_RING):
                 self._set("message_class_table", c.c_uint32(number), c.c_uint8(value))
         cpus = self._sizes["cpus"]
         states = array_in(
@@ -182,7 +190,7 @@ class BccObject:
         """Offset and size in bytes of each global."""
         known = dict(self._source.globals)
         for name in UNUSED_GLOBALS:
-            known[name] = (8 * len(known), 4)
+            known[name] = (8 * len(known), 8)
         return known
 
     def map_fd(self, name: str) -> int:
