@@ -111,14 +111,17 @@ def offcpu_frame(slots: Records, cpus: NDArray[np.uint16]) -> pl.DataFrame:
             [records.CallStatus.STATUS_OPEN, records.CallStatus.STATUS_THROUGHOUT]
         )
     )
+    # a probe's own call is none of the program's: it has no row
+    in_no_call = [NO_VALUE, *PROBE_CALLS]
+    in_call = ~pl.col("number").is_in(in_no_call)
     return columns.with_columns(
         # UNKNOWN_NS, all bits set
         pl.when(pl.col("runnable_ns") >= 0).then("runnable_ns"),
-        pl.when(pl.col("number") != NO_VALUE).then("number"),
-        pl.when(pl.col("syscall_start_ns") != 0).then("syscall_start_ns"),
+        pl.when(in_call).then("number"),
+        pl.when(in_call & (pl.col("syscall_start_ns") != 0)).then("syscall_start_ns"),
         pl.when(woken).then("waker_tgid"),
         pl.when(woken).then("waker_tid"),
-        pl.when(pl.col("waker_number") != NO_VALUE).then("waker_number"),
+        pl.when(~pl.col("waker_number").is_in(in_no_call)).then("waker_number"),
     )
 
 

@@ -123,6 +123,14 @@ def test_calls_that_probes_make_are_left_out():
     assert hot((0, 0, slots[1:])) == {}
 
 
+@pytest.mark.parametrize(("number", "known"), [(334, 334), (335, None), (336, None)])
+def test_off_the_cpu_in_a_call_that_a_probe_made(number, known):
+    slot = offcpu(1, state=1, number=number, syscall_start_ns=5, waker_number=number)
+    (row,) = rows_of(hot((0, 0, slot)), "offcpu")
+    assert (row["number"], row["waker_number"]) == (known, known)
+    assert row["syscall_start_ns"] == (5 if known else None)
+
+
 def test_a_message_that_is_a_call_is_a_row_of_both():
     flags = RecordFlags.FLAG_RECEIVE | RecordFlags.FLAG_TURN | CallStatus.STATUS_BEGAN_BEFORE
     slot = message(
