@@ -35,7 +35,8 @@ KERNEL = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
 # Atomic fetch-and-add in BPF is from 5.12 (commit 5ffa25502b5a); one version later is all that rings need.
 FIRST_WITH_RINGS = (5, 13)
 # Most records are lost there (and counted) when several families are on: the reason has to be found. Maybe
-# programs at system calls are preempted, and two of them meet in one stage of probes/perf.h. `auto` takes rings.
+# programs at system calls are preempted, and two of them meet in one stage of probes/perf.h. `auto` takes
+# rings there.
 FIRST_WITHOUT_PERF = (7, 0)
 # Its programs are not accepted by the verifiers of all kernels yet, and a compile takes a minute in a guest.
 WITH_BCC = bool(os.environ.get("LAB_BCC"))
