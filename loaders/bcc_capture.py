@@ -30,14 +30,7 @@ GLOBALS_MAP = "scope_global"
 STAGES = {"on_message": "stages"}
 ITERATORS = ("on_mark_tasks", "on_list_files", "on_list_open")
 # Globals of probes that are not there: user space may write them all the same.
-UNUSED_GLOBALS = (
-    "tls_wanted",
-    "hits_wanted",
-    "calls_wanted",
-    "rings_met",
-    "transfers_since",
-    "transfers_wanted",
-)
+UNUSED_GLOBALS = ("tls_wanted", "hits_wanted", "calls_wanted")
 
 
 def choose_loader(wanted: str) -> str:
@@ -157,8 +150,7 @@ class BccObject:
             for name, table in STAGES.items():
                 self._set(table, c.c_int(0), c.c_int(self._load_stage(name).fd))
         for number, value in enumerate(self._message_classes):
-            # io_uring is met for the sake of programs that BCC does not have
-            if value not in (0, records.MessageClass.MESSAGE_RING):
+            if value:
                 self._set("message_class_table", c.c_uint32(number), c.c_uint8(value))
         cpus = self._sizes["cpus"]
         states = array_in(
@@ -190,7 +182,7 @@ class BccObject:
         """Offset and size in bytes of each global."""
         known = dict(self._source.globals)
         for name in UNUSED_GLOBALS:
-            known[name] = (8 * len(known), 8)
+            known[name] = (8 * len(known), 4)
         return known
 
     def map_fd(self, name: str) -> int:

@@ -1,7 +1,6 @@
 """A capture: the probes loaded for chosen targets, and their rings."""
 
 import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from scope_ebpf import records
 from scope_ebpf.errors import FormatError, LoadError, UsageError
 from scope_ebpf.families import FAMILIES
-from scope_ebpf.loaders import extras, hits, tls
+from scope_ebpf.loaders import hits, tls
 from scope_ebpf.loaders.bcc_capture import BccObject, check_options, choose_loader
 from scope_ebpf.loaders.cgroups import descendants, mount_point
 from scope_ebpf.loaders.hit_families import HIT_FAMILIES, add_family
@@ -101,7 +100,6 @@ MESSAGE_CALLS = {
     "connect": _C.MESSAGE_BIRTH_FIRST,
     **dict.fromkeys(("pipe", "pipe2"), _C.MESSAGE_BIRTH_PAIR),
     "socketpair": _C.MESSAGE_BIRTH_FOURTH,
-    **dict.fromkeys(("io_uring_setup", "io_uring_enter"), _C.MESSAGE_RING),
 }
 
 
@@ -212,10 +210,6 @@ class Capture:
                 raise UsageError(
                     "--loader bcc brings its records out through rings only; leave --transport perf away"
                 )
-        # how messages through io_uring are seen, once a recorded process has one
-        extra = self.loader == "libbpf" and "messages" in options.families
-        self.rings = extras.choose() if extra else extras.Way("")
-        self._rings_attached = False
         wanted = sorted(set(HIT_FAMILIES) & set(options.families))
         self._places_are_told = not (options.probes or wanted) or has_cookies()
         if not self._places_are_told:
@@ -313,7 +307,6 @@ class Capture:
                 *(("on_tick",) if "samples" in families else ()),
                 *((hits.PROGRAM,) if self._records_hits() else ()),
                 *(calls.PROGRAMS if options.calls else ()),
-                *self.rings.programs,
             }
         )
         self._object.expect_uprobes(*tls.PROGRAMS, *watch.UPROBES, hits.PROGRAM)
@@ -334,8 +327,6 @@ class Capture:
             long_wait_ns=options.long_wait_ns,
             futex_number=number_of("futex"),
             munmap_number=number_of("munmap"),
-            ring_number=number_of("io_uring_enter"),
-            aio_number=number_of("io_submit"),
         )
         self._object.resize("cpus", self.cpus)
         self._transport.prepare(
@@ -350,10 +341,6 @@ class Capture:
         if not options.calls:
             for name in ("open_calls", "unwound_calls", "call_watches"):
                 self._object.resize(name, 1)
-        if self.rings.name:
-            self._object.resize("pieced_heads", self.cpus, 8 + max(2 * options.payload_bytes, 64))
-        else:
-            self._object.resize("transfers", 1)
         self._object.load()
         self._map_rings()
         self._pythons = PythonWatch(self._object, families) if self._follows_python() else None
@@ -380,12 +367,6 @@ class Capture:
         self._hits_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         offset, _ = variables["calls_wanted"]
         self._calls_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
-        offset, _ = variables["rings_met"]
-        self._rings_met = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
-        offset, _ = variables["transfers_since"]
-        self._transfers_since = np.frombuffer(memory, np.dtype("<u8"), 1, offset)
-        offset, _ = variables["transfers_wanted"]
-        self._transfers_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
         self.hot, self.wide = self._transport.open(self._states)
 
     def start(self) -> Records:
@@ -442,9 +423,6 @@ class Capture:
         if self._records_calls():
             self._object.attach(*CALL_PROGRAMS)
             self._entries_seen[0] = 1
-        # connections are met later: what moves from now on is counted
-        self.notes += self.watch_rings()
-        self._transfers_since[0] = 0
         self._look_up_running()
         self._meet_connections()
         return np.concatenate(marked)
@@ -555,23 +533,6 @@ class Capture:
                 self.notes.append(f"the probes of {path} are not used: {error}")
         self._hits_wanted[0] = 1
 
-    def watch_rings(self) -> list[str]:
-        """Attach what sees messages through io_uring, once a recorded thread is seen to have one.
-
-        Returns:
-            A sentence for the recording about what is seen of them from now on; else nothing.
-        """
-        if self._rings_attached or not self._rings_met[0]:
-            return []
-        self._rings_attached = True
-        try:
-            self.rings.attach(self._object)
-        except LoadError as error:
-            return [f"messages through io_uring: not seen: {error}"]
-        self._transfers_since[0] = time.monotonic_ns()
-        self._transfers_wanted[0] = 1
-        return [self.rings.told()]
-
     def mark_tasks(self) -> Records:
         """Take up every running thread that belongs to the targets; returns MARKED_TASK records."""
         marked = self._mark()
@@ -642,7 +603,6 @@ class Capture:
         """
         # detaching uprobes takes a tenth of a second for each, while the rings would fill: close() does it
         self._tls_wanted[0] = self._hits_wanted[0] = self._calls_wanted[0] = 0
-        self._transfers_wanted[0] = 0
         if self._pythons is not None:
             self._pythons.stop()
         self._object.detach("on_sys_enter")

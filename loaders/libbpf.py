@@ -10,7 +10,7 @@ import mmap
 import os
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -122,9 +122,6 @@ class _Library:
         self.attach = function("bpf_program__attach", pointer, pointer)
         self.attach_uprobe = function(
             "bpf_program__attach_uprobe_opts", pointer, pointer, number, text, size, pointer
-        )
-        self.attach_kprobe = function(
-            "bpf_program__attach_kprobe", pointer, pointer, c.c_bool, text
         )
         self.attach_perf_event = function(
             "bpf_program__attach_perf_event", pointer, pointer, number
@@ -352,18 +349,6 @@ class BpfObject:
                 self._check(-c.get_errno(), action)
             self._links[f"{name} {path} {place.offset} {place.cookie} {at_return}"] = link
 
-    def attach_kprobe(self, name: str, function: str, *, at_return: bool) -> None:
-        """Attach a program to a function of the kernel, besides where it is attached already.
-
-        Raises:
-            LoadError: with the kernel's reason.
-        """
-        self._lib.log.clear()
-        link = self._lib.attach_kprobe(self._program(name), at_return, function.encode())
-        if not link:
-            self._check(-c.get_errno(), f"attach {name} to {function}")
-        self._links[f"{name} {function}"] = link
-
     def attach_clock(self, name: str, frequency_hz: int) -> None:
         """Run a program so many times a second of CPU time on each CPU that is online; until close().
 
@@ -404,11 +389,6 @@ class BpfObject:
             link = self._links.pop(name, None)
             if link:
                 self._lib.link_destroy(link)
-
-    def detach_all(self, names: Iterable[str]) -> None:
-        """Detach programs wherever they are attached."""
-        chosen = set(names)
-        self.detach(*[link for link in self._links if link.split(" ")[0] in chosen])
 
     def iterate(self, name: str) -> bytes:
         """Run an attached iterator once and return all that it wrote."""
@@ -533,22 +513,6 @@ def _multi_uprobe(program_fd: int, path: Path, places: Sequence[Uprobe], at_retu
         return -errno.ENOSYS
     result = int(call(number, BPF_LINK_CREATE, attributes, len(attributes)))
     return result if result >= 0 else -c.get_errno()
-
-
-def kernel_functions(names: Iterable[str]) -> tuple[str, ...]:
-    """Those of the names that are functions in the kernel's type information."""
-    lib = library()
-    btf = lib.kernel_btf()
-    if not btf:
-        return ()
-    try:
-        return tuple(
-            name
-            for name in names
-            if lib.btf_find(btf, name.encode(), 12) > 0  # BTF_KIND_FUNC
-        )
-    finally:
-        lib.btf_free(btf)
 
 
 def tracepoint_arguments(name: str) -> int:

@@ -11,6 +11,5 @@
 #include "tls.h"
 #include "hits.h"
 #include "calls.h"
-#include "sockets.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

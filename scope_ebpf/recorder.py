@@ -111,7 +111,7 @@ class Drained:
     wide: list[tuple[int, int, Records]] = field(default_factory=list)
     marked: list[Marked] = field(default_factory=list)
     interpreters: list[dict[str, Any]] = field(default_factory=list)  # rows of that table
-    notes: list[str] = field(default_factory=list)  # sentences for the recording
+    notes: list[str] = field(default_factory=list)  # sentences about what is not recorded
     # lost events by CPU and loss kind, since the batch before; and when that was
     lost: NDArray[np.uint64] | None = None
     # of the user's programs: number of the table, times if the kernel told them, records; and what was
@@ -332,7 +332,6 @@ class Recorder:
                 pending.add_own(self._own.drain())
             pending.interpreters += capture.watch_pythons(batch)
             pending.notes += capture.watch_files(batch)
-            pending.notes += capture.watch_rings()
             interval = min(
                 max(interval * FILL_GOAL / max(fill, 1e-6), POLL_SECONDS[0]), POLL_SECONDS[1]
             )
