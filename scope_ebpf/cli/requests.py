@@ -32,6 +32,8 @@ ID_DIGITS = 8
 # Time that is not understood is shown from this share of the duration on, other parts likewise.
 NOTABLE_OTHER = 0.05
 NOTABLE_PART = 0.02
+# From this share on, another command is named that may tell more.
+MOSTLY = 0.5
 MOST_PARTS = 4
 # From this width on, where the time went stands on the request's own line.
 WIDE = 130
@@ -90,6 +92,7 @@ def requests(
         service=service,
         slow=slow,
     )
+    id_digits = _id_digits(every["span_id"])
     shown = chosen
     if limit is not None or (not as_json and slow is None):
         shown = chosen.head(limit or DEFAULT_LIMIT)
@@ -98,7 +101,7 @@ def requests(
             click.echo(shown.write_ndjson(), nl=False)
         elif not shown.is_empty():
             console = output.console()
-            for line in render(shown, opened, console.width, _id_digits(every["span_id"])):
+            for line in render(shown, opened, console.width, id_digits):
                 console.print(line, soft_wrap=True)
     if chosen.is_empty():
         click.echo(units.printable(_nothing(every, opened, service)), err=True)
@@ -108,8 +111,12 @@ def requests(
             "--slow N the slowest, --errors those that failed",
             err=True,
         )
-    if not chosen.is_empty() and not as_json and (less := what_is_less(opened)):
+    if chosen.is_empty() or as_json:
+        return
+    if less := what_is_less(opened):
         click.echo(less, err=True)
+    elif more := _what_tells_more(shown, opened, id_digits):
+        click.echo(more, err=True)
 
 
 def _readable(requests: pl.DataFrame) -> pl.DataFrame:
@@ -156,6 +163,21 @@ def _nothing(every: pl.DataFrame, opened: Recording, service: str | None) -> str
     if service is not None and service not in services:
         return f"no service {service!r} handled a request; there are {', '.join(services)}"
     return f"none of the {every.height:,} requests is like that"
+
+
+def _what_tells_more(requests: pl.DataFrame, opened: Recording, id_digits: int) -> str | None:
+    """How to divide the time of a request that shared its thread with others, as in event loops."""
+    import polars as pl
+
+    other, duration = pl.col("other_ns"), pl.col("duration_ns")
+    puzzling = requests.filter(other > MOSTLY * duration)
+    if puzzling.is_empty() or "samples" not in opened.meta.families:
+        return None
+    worst = puzzling.sort("other_ns", descending=True)["span_id"][0][:id_digits]
+    return (
+        "the time of a request whose thread served others, too, as in event loops, is mostly not understood"
+        f" here; `scope-ebpf flame REC --request {worst} -o FILE.svg` divides it by stacks and tasks"
+    )
 
 
 def render(requests: pl.DataFrame, opened: Recording, width: int, id_digits: int) -> Iterator[Text]:

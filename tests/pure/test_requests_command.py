@@ -70,6 +70,25 @@ def test_narrow_terminals_get_a_line_for_the_time(path):
     assert all(len(line) <= 80 for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("families", "other_ns", "said"),
+    [
+        ([*FAMILIES, "samples"], 6, True),
+        ([*FAMILIES, "samples"], 5, False),
+        # without stacks there is nothing to divide it by
+        (FAMILIES, 6, False),
+    ],
+)
+def test_who_understands_little_is_told_what_tells_more(
+    tmp_path, monkeypatch, families, other_ns, said
+):
+    analysed_as(monkeypatch, request_rows=[request(nth(1), duration_ns=10, other_ns=other_ns)])
+    path = make_recording(tmp_path / "a.scope", families=families)
+    told = run(path).stderr
+    assert (f"`scope-ebpf flame REC --request {span_text(nth(1))[:8]} -o FILE.svg`" in told) == said
+    assert run(path, "--json").stderr == ""
+
+
 def test_choices_that_look_into_the_chain_see_all_requests(path):
     assert ids(path, "--service", "inventory") == [nth(9)]
     assert ids(path, "--where", "kind = 'consumer'") == [nth(12)]
