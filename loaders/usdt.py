@@ -119,14 +119,6 @@ def read_sites(file: ProbedFile) -> list[UsdtSite]:
         ) from error
 
 
-def sites_of(path: Path) -> list[UsdtSite]:
-    """read_sites() of a path; none if it is no file that can be read."""
-    try:
-        return read_sites(ProbedFile(path))
-    except FormatError:
-        return []
-
-
 def may_have_probes(path: Path) -> bool:
     """Whether a file has notes of USDT probes; reads no more of it than its table of sections."""
     try:

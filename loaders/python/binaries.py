@@ -21,7 +21,7 @@ from scope_ebpf.errors import FormatError
 X86_64: Final = 62  # e_machine
 EXECUTABLE: Final = 2  # e_type: loaded at the addresses in the file
 PT_LOAD, PT_DYNAMIC = 1, 2
-DT_NEEDED, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_STRSZ, DT_SONAME = 1, 4, 5, 6, 10, 14
+DT_NEEDED, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_SONAME = 1, 4, 5, 6, 14
 DT_GNU_HASH: Final = 0x6FFFFEF5
 SYMBOL: Final = struct.Struct("<IBBHQQ")
 FINAL_RELEASE, CANDIDATE = 0xF, 0xC  # sys.hexversion >> 4 & 15

@@ -6,7 +6,6 @@ For a guest of the lab, where nobody else uses BPF: what is there is compared as
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import re
 import time
@@ -127,20 +126,3 @@ def nothing_left() -> Iterator[Leftovers]:
     yield leftovers
     assert leftovers.found() == {}
     assert leftovers.complaints() == []
-
-
-def code_of(pid: int) -> dict[str, str]:
-    """A digest of each executable mapping of a file as it is in memory: a uprobe is a breakpoint there."""
-    found = {}
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            match = re.match(r"([0-9a-f]+)-([0-9a-f]+) r-xp \S+ \S+ \S+\s+(/.*)", line)
-            if match is None:
-                continue
-            begin, end = int(match[1], 16), int(match[2], 16)
-            memory.seek(begin)
-            data = b""
-            while len(data) < end - begin and (more := memory.read(end - begin - len(data))):
-                data += more
-            found[f"{match[1]} {match[3]}"] = hashlib.sha256(data).hexdigest()
-    return found

@@ -24,8 +24,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.leftovers import TRACING, Leftovers, code_of, nothing_left
+from tests.lab.leftovers import TRACING, Leftovers, nothing_left
 from tests.lab.recorded import COMMAND, ENVIRONMENT, Way, recording, ways
+from tests.live.harm import code_of
 from tests.live.recording import Target
 
 LOADS = int(os.environ.get("LAB_LOADS", "6"))

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from tests.lab.recorded import KERNEL
 
@@ -149,12 +148,7 @@ class Tool:
         """The tool itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End it; one that holds the target is asked first, so that it lets go."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)

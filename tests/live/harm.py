@@ -49,7 +49,7 @@ def private_python(directory: Path) -> tuple[Python, dict[str, str]]:
     return Python(directory / own.name, OWN.version), environment
 
 
-def code_of(pid: int, directory: Path) -> dict[str, str]:
+def code_of(pid: int, directory: Path = Path("/")) -> dict[str, str]:
     """A digest of each executable mapping of a file in the directory, as it is in a process's memory.
 
     A uprobe that is in place is seen in it: the kernel writes a breakpoint there.
@@ -57,8 +57,8 @@ def code_of(pid: int, directory: Path) -> dict[str, str]:
     found = {}
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            match = re.match(r"([0-9a-f]+)-([0-9a-f]+) r-xp (\S+) \S+ \S+\s+(/.*)", line)
-            if match is None or not Path(match[4]).is_relative_to(directory):
+            match = re.match(r"([0-9a-f]+)-([0-9a-f]+) r-xp \S+ \S+ \S+\s+(/.*)", line)
+            if match is None or not Path(match[3]).is_relative_to(directory):
                 continue
             begin, end = int(match[1], 16), int(match[2], 16)
             memory.seek(begin)
@@ -66,7 +66,7 @@ def code_of(pid: int, directory: Path) -> dict[str, str]:
             while len(data) < end - begin and (more := memory.read(end - begin - len(data))):
                 data += more
             assert len(data) == end - begin
-            found[f"{match[1]} {match[4]}"] = hashlib.sha256(data).hexdigest()
+            found[f"{match[1]} {match[3]}"] = hashlib.sha256(data).hexdigest()
     return found
 
 

@@ -20,10 +20,12 @@ import polars as pl
 import pytest
 
 import scope_ebpf
+from scope_ebpf.errors import FormatError
 from scope_ebpf.loaders import libbpf
 from scope_ebpf.loaders.capture import Capture, CaptureOptions
 from scope_ebpf.loaders.hit_families import program_files
-from scope_ebpf.loaders.usdt import sites_of
+from scope_ebpf.loaders.probed_files import ProbedFile
+from scope_ebpf.loaders.usdt import UsdtSite, read_sites
 from scope_ebpf.probe_specs import parse_probe
 from scope_ebpf.recording.python_tables import Descriptions
 from scope_ebpf.recording.tables import Payloads, wide_frames
@@ -53,6 +55,14 @@ def hits(session: Session, probe: str) -> pl.DataFrame:
     frame = session.table("hits").filter(pl.col("probe") == probe)
     assert frame["tgid"].unique().to_list() in ([], [session.target])
     return frame
+
+
+def sites_of(path: Path) -> list[UsdtSite]:
+    """USDT probes of a file; none if it is no program."""
+    try:
+        return read_sites(ProbedFile(path))
+    except FormatError:
+        return []
 
 
 def probing(directory: Path, target: Target, *specs: str, more: tuple[object, ...] = ()):

@@ -240,7 +240,6 @@ class Understood:
     turns: list[Turn]
     requests: pl.DataFrame
     responses: pl.DataFrame
-    masked_bytes: bytes
 
     def request(self, beginning: str) -> dict[str, object]:
         """The first request whose operation begins like this."""
@@ -281,7 +280,7 @@ def understand(protocol: Protocol, turns: list[Turn], *secrets: str) -> Understo
     for secret in (SECRET, str(NUMBER), PASSWORD, *secrets):
         assert secret.encode() not in left
     assert any(SECRET.encode() in turn.head for turn in turns)
-    return Understood(turns, *clear, left)
+    return Understood(turns, *clear)
 
 
 def parsed(

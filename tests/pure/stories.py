@@ -10,7 +10,7 @@ from scope_ebpf import open_recording
 from scope_ebpf.recording.reader import Recording
 from scope_ebpf.records import ContextKind
 from scope_ebpf.syscalls import syscall_names
-from tests.pure.recordings import ENDED_NS, at, make_recording
+from tests.pure.recordings import at, make_recording
 
 US = 1_000
 MS = 1_000_000
@@ -161,9 +161,6 @@ class Story:
             self.rows["flows"] = sorted(self.told, key=lambda call: call["start_ns"])
         changes = {"families": ["processes", "syscalls", "messages", "offcpu"], **changes}
         return open_recording(make_recording(path, self.rows, per_segment=1000, **changes))
-
-
-ENDED = ENDED_NS
 
 
 def http(line: str, body: bytes = b"", *headers: str) -> bytes:

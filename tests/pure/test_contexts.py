@@ -24,7 +24,7 @@ WEB, DATABASE, CLIENT = 20, 40, 1
 POOL = [21, 22]
 # Contexts of the connections' readers, and of others that come with the loop.
 LISTENER, READER, OTHER_READER, SQL_READER = 100, 101, 102, 103
-MET, NEW, GREENLET = ContextKind.CONTEXT_MET, ContextKind.CONTEXT_NEW, ContextKind.CONTEXT_GREENLET
+MET, GREENLET = ContextKind.CONTEXT_MET, ContextKind.CONTEXT_GREENLET
 
 Edge = tuple[str | None, str | None, str | None, str | None]
 

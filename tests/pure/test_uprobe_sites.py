@@ -17,7 +17,7 @@ from tests.pure.elf_files import AARCH64, CODE_AT, CODE_OFFSET, library
 pytestmark = pytest.mark.pure
 
 ENDBR64 = "f30f1efa"
-SUB_RSP, ADD_RSP, RET = "4883ec08", "4883c408", "c3"
+SUB_RSP, RET = "4883ec08", "c3"
 PUSH_RBX, PUSH_R12 = "53", "4154"
 MOV_RBX_RDI, MOV_EDI_EAX, XOR_ESI_ESI, MOV_CL_1 = "4889fb", "89c7", "31f6", "b101"
 CMP_RDX_1, JE_FORWARD, JMP_FORWARD, CALL = "4883fa01", "7402", "eb02", "e800010000"
