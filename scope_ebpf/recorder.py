@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 
 from scope_ebpf.errors import TargetError
 from scope_ebpf.families import TABLES
-from scope_ebpf.loaders.bcc_fields import OwnTable
-from scope_ebpf.loaders.bcc_programs import OwnPrograms, Targets
 from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions
 from scope_ebpf.loaders.hits import Places
 from scope_ebpf.loaders.ring import Records
@@ -37,6 +35,8 @@ from scope_ebpf.loaders.targets import (
 from scope_ebpf.records import ProcessEvent
 
 if TYPE_CHECKING:  # it imports polars, which takes 0.15 s: that is done while events already arrive
+    from scope_ebpf.loaders.bcc_fields import OwnTable
+    from scope_ebpf.loaders.bcc_programs import OwnPrograms
     from scope_ebpf.recording.store import Store
 
 # The reader sleeps so long that the fullest ring fills up to FILL_GOAL, between these bounds.
@@ -197,12 +197,14 @@ def same_interrupt_handler() -> Iterator[None]:
         set_again(signal.SIGINT, handler)
 
 
-def own_programs(options: CaptureOptions) -> OwnPrograms:
+def own_programs(options: CaptureOptions) -> "OwnPrograms":
     """The user's programs for BCC, compiled and attached.
 
     Raises:
         UsageError, LoadError: one cannot be used.
     """
+    from scope_ebpf.loaders.bcc_programs import OwnPrograms, Targets
+
     targets = Targets(options.everything, options.follow or options.cgroup is not None)
     return OwnPrograms(options.bcc_probes, targets, taken=TABLES)
 
@@ -251,7 +253,7 @@ class Recorder:
             if self.plan.options.bcc_probes:
                 self._own = stack.enter_context(own_programs(self.plan.options))
             capture = stack.enter_context(Capture(self.plan.options))
-            chosen = replace(self.plan.options, transport=capture.transport)
+            chosen = replace(self.plan.options, transport=capture.transport, loader=capture.loader)
             self.plan = replace(self.plan, options=chosen)
             started_ns = time.monotonic_ns()
             marked = capture.start()
@@ -400,7 +402,7 @@ class Recorder:
             use.cpu_percent(),
         )
 
-    def _follow(self, own: OwnPrograms, marked: Records) -> None:
+    def _follow(self, own: "OwnPrograms", marked: Records) -> None:
         """Tell the user's programs who is recorded, with children that were born meanwhile."""
         options = self.plan.options
         known: set[int] = set()
@@ -418,7 +420,7 @@ class Recorder:
         use: Use,
         notes: tuple[str, ...],
         places: Places,
-        own_tables: tuple[OwnTable, ...],
+        own_tables: "tuple[OwnTable, ...]",
     ) -> None:
         """The writer thread: takes batches until None comes."""
         try:

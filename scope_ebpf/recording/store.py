@@ -12,7 +12,6 @@ import polars as pl
 from scope_ebpf import records
 from scope_ebpf.errors import RecordingError
 from scope_ebpf.loaders import host
-from scope_ebpf.loaders.bcc_capture import choose_loader
 from scope_ebpf.loaders.bcc_fields import OwnTable
 from scope_ebpf.loaders.cgroups import CgroupPaths
 from scope_ebpf.loaders.hits import Places
@@ -342,7 +341,7 @@ def first_meta(
         lost_tasks=0,
         recorder=RecorderUse(tgid=os.getpid(), cpu_seconds=0.0, cpu_percent=0.0, peak_rss_bytes=0),
         notes=list(notes),
-        loader=choose_loader(options.loader),
+        loader=options.loader,
         own_tables=[
             meta.OwnTable(
                 name=table.name,

@@ -175,12 +175,9 @@ class Payloads:
                 if not found.all():
                     # their messages were drained after them: they come with the next ones
                     # (or at the end of a program that was interrupted)
-                    newest = (
-                        int(drained.max()) - min(int(drained.max()), INTERRUPTED)
-                        if len(drained)
-                        else 0
-                    )
-                    later = ~found & (heads.owners > newest) if len(drained) else ~found
+                    later = ~found
+                    if len(drained):
+                        later &= heads.owners > max(int(drained.max()) - INTERRUPTED, 0)
                     if later.any():
                         self._waiting.setdefault(cpu, []).append(heads.of(later))
                 if found.any():
