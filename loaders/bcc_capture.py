@@ -22,7 +22,6 @@ from scope_ebpf.loaders.libbpf import Uprobe
 from scope_ebpf.loaders.ring import array_in
 
 SOURCE = "bcc/capture.h"
-KERNEL_BTF = Path("/sys/kernel/btf/vmlinux")
 # From this version on sched_switch tells the state of who leaves (commit fa2c3254d7cf).
 SWITCH_TELLS_STATE = (5, 18)
 GLOBALS_MAP = "scope_global"
@@ -31,19 +30,6 @@ STAGES = {"on_message": "stages"}
 ITERATORS = ("on_mark_tasks", "on_list_files", "on_list_open")
 # Globals of probes that are not there: user space may write them all the same.
 UNUSED_GLOBALS = ("tls_wanted", "hits_wanted", "calls_wanted")
-
-
-def choose_loader(wanted: str) -> str:
-    """The loader for `auto`: bcc where only that can work, else libbpf, whose error says what is missing."""
-    if wanted != "auto":
-        return wanted
-    if KERNEL_BTF.exists() or bcc.headers() is None:
-        return "libbpf"
-    try:
-        bcc.find_bcc()
-    except LoadError:
-        return "libbpf"
-    return "bcc"
 
 
 def check_options(families: Sequence[str], *, probes: bool, calls: bool) -> None:

@@ -2,8 +2,8 @@
 
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, cast
 
 import numpy as np
@@ -13,11 +13,12 @@ from scope_ebpf import records
 from scope_ebpf.errors import FormatError, LoadError, UsageError
 from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders import hits, tls
-from scope_ebpf.loaders.bcc_capture import BccObject, check_options, choose_loader
 from scope_ebpf.loaders.cgroups import descendants, mount_point
+from scope_ebpf.loaders.choice import choose_loader
 from scope_ebpf.loaders.hit_families import HIT_FAMILIES, add_family
 from scope_ebpf.loaders.libbpf import (
     BpfObject,
+    NotAllowedError,
     PerfEventsRefusedError,
     Uprobe,
     has_cookies,
@@ -25,10 +26,12 @@ from scope_ebpf.loaders.libbpf import (
     tracepoint_arguments,
 )
 from scope_ebpf.loaders.newcomers import Newcomers
+from scope_ebpf.loaders.probed_files import MetFiles
 from scope_ebpf.loaders.python import calls, watch
 from scope_ebpf.loaders.python.functions import Spec
 from scope_ebpf.loaders.python.watch import PythonWatch
 from scope_ebpf.loaders.ring import Records, array_in
+from scope_ebpf.loaders.shared_globals import SharedGlobals
 from scope_ebpf.loaders.transport import Transport, choose_transport
 from scope_ebpf.probe_specs import ProbeSpec
 from scope_ebpf.records import RecordLimits
@@ -152,6 +155,11 @@ class Batch:
     hot: list[tuple[int, int, Records]] = field(default_factory=list)
     wide: list[tuple[int, int, Records]] = field(default_factory=list)
 
+    @cached_property
+    def executed(self) -> list[int]:
+        """The processes that executed a program meanwhile."""
+        return [tgid for _, _, slots in self.wide for tgid in watch.executed(slots)]
+
 
 def ring_slots(in_all: int, slot_bytes: int, cpus: int, bounds: tuple[int, int]) -> int:
     """The power of two of slots per CPU that shares `in_all` bytes out between the CPUs, in bounds."""
@@ -196,8 +204,7 @@ class Capture:
         )
         # what of the chosen families is missing, and why
         self.notes: list[str] = []
-        # device and inode of those that were met
-        self._libraries: set[tuple[int, int]] = set()
+        self._libraries = MetFiles()
         self._newcomers: Newcomers | None = None
         self.places = hits.Places()
         for probe in options.probes:
@@ -205,6 +212,8 @@ class Capture:
         self.notes += self.places.notes
         self.loader = choose_loader(options.loader)
         if self.loader == "bcc":
+            from scope_ebpf.loaders.bcc_capture import check_options
+
             check_options(options.families, probes=bool(options.probes), calls=bool(options.calls))
             if options.transport == "perf":
                 raise UsageError(
@@ -222,7 +231,7 @@ class Capture:
         try:
             self._open(transports[0])
         except LoadError as error:
-            if len(transports) == 1 or "permission denied" in str(error):
+            if len(transports) == 1 or isinstance(error, NotAllowedError):
                 raise
             try:
                 self._open(transports[1])
@@ -233,12 +242,7 @@ class Capture:
             )
 
     def _open(self, transport: type[Transport]) -> None:
-        # BccObject has what is used of the other one
-        self._object = (
-            cast(BpfObject, BccObject())
-            if self.loader == "bcc"
-            else BpfObject(transport.object_path)
-        )
+        self._object = bcc_object() if self.loader == "bcc" else BpfObject(transport.object_path)
         self._transport = transport(self._object, self.cpus)
         try:
             self._load()
@@ -255,12 +259,7 @@ class Capture:
         """The capture itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Detach and unload."""
         self.close()
 
@@ -343,30 +342,24 @@ class Capture:
                 self._object.resize(name, 1)
         self._object.load()
         self._map_rings()
-        self._pythons = PythonWatch(self._object, families) if self._follows_python() else None
+        self._pythons = (
+            PythonWatch(self._object, self._shared, families) if self._follows_python() else None
+        )
 
     def _map_rings(self) -> None:
-        """Map the CPU states and both rings of each CPU."""
+        """Map the CPU states, the variables and both rings of each CPU."""
         self._states = array_in(
             self._object.map_memory("cpus", self.cpus * records.CPU_STATE.itemsize, writable=True),
             records.CPU_STATE,
             self.cpus,
         )
-        variables = self._object.variables(".bss")
-        length = max(sum(place) for place in variables.values())
-        memory = self._object.map_memory(".bss", length, writable=True)
-        offset, _ = variables["marks_wanted"]
-        self._marks = np.frombuffer(memory, np.dtype("<u8"), 1, offset)
-        offset, _ = variables["tellings"]
-        self._tellings = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
-        offset, _ = variables["entries_seen"]
-        self._entries_seen = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
-        offset, _ = variables["tls_wanted"]
-        self._tls_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
-        offset, _ = variables["hits_wanted"]
-        self._hits_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
-        offset, _ = variables["calls_wanted"]
-        self._calls_wanted = np.frombuffer(memory, np.dtype("<u4"), 1, offset)
+        self._shared = SharedGlobals(self._object)
+        self._marks = self._shared["marks_wanted"]
+        self._tellings = self._shared["tellings"]
+        self._entries_seen = self._shared["entries_seen"]
+        self._tls_wanted = self._shared["tls_wanted"]
+        self._hits_wanted = self._shared["hits_wanted"]
+        self._calls_wanted = self._shared["calls_wanted"]
         self.hot, self.wide = self._transport.open(self._states)
 
     def start(self) -> Records:
@@ -433,7 +426,7 @@ class Capture:
         One that cannot be probed does not end the recording of all the rest: it is noted.
         """
         for path in tls.find_libraries(tgids, self.options.commands):
-            if not self._is_new(path):
+            if not self._libraries.is_new(path):
                 continue
             try:
                 for site in tls.library_sites(path):
@@ -444,17 +437,6 @@ class Capture:
                 self.notes.append(f"TLS through {path} is not recorded: {error}")
         self._tls_wanted[0] = 1
 
-    def _is_new(self, path: Path) -> bool:
-        """Whether a library was not met before; from now on it was."""
-        try:
-            status = path.stat()
-        except OSError:
-            return False
-        identity = (status.st_dev, status.st_ino)
-        known = identity in self._libraries
-        self._libraries.add(identity)
-        return not known
-
     def watch_files(self, batch: Batch) -> list[str]:
         """Put probes into files of programs that began in this batch; returns sentences about failures.
 
@@ -462,8 +444,7 @@ class Capture:
         """
         if self._newcomers is None:
             return []
-        for _, _, slots in batch.wide:
-            self._newcomers.expect(watch.executed(slots))
+        self._newcomers.expect(batch.executed)
         tgid = self._newcomers.due()
         if tgid is None:
             return []
@@ -488,8 +469,7 @@ class Capture:
         """Likewise among the processes that executed a program in this batch."""
         if self._pythons is None:
             return []
-        for _, _, slots in batch.wide:
-            self._pythons.expect(watch.executed(slots))
+        self._pythons.expect(batch.executed)
         return self._look_at_pythons(watch.ROUND_SECONDS)
 
     def _look_at_pythons(self, seconds: float) -> list[dict[str, Any]]:
@@ -610,6 +590,14 @@ class Capture:
         data = self._object.iterate("on_list_open")
         self._object.detach(*self._programs(), *ITERATORS)
         return np.frombuffer(data, dtype=hot_dtype())
+
+
+def bcc_object() -> BpfObject:
+    """What BCC compiles: it has what is used here of a BpfObject."""
+    # here, so that others need not wait for it
+    from scope_ebpf.loaders.bcc_capture import BccObject
+
+    return cast(BpfObject, BccObject())
 
 
 def check_layout(opened: BpfObject) -> None:

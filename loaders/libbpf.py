@@ -13,7 +13,6 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from scope_ebpf.errors import LoadError
@@ -55,6 +54,10 @@ class Uprobe(NamedTuple):
     offset: int
     cookie: int = 0
     semaphore: int = 0
+
+
+class NotAllowedError(LoadError):
+    """The kernel refuses for want of a capability."""
 
 
 class PerfEventsRefusedError(LoadError):
@@ -218,7 +221,7 @@ class BpfObject:
         self._lib.log.clear()
         self._object = self._lib.open_file(os.fsencode(path), None)
         if not self._object:
-            raise LoadError(f"cannot open {path.name}: {explain(c.get_errno(), self._lib.log)}")
+            raise self._failure(c.get_errno(), f"open {path.name}")
         self._links: dict[str, int] = {}
         self._descriptors: list[int] = []  # of links that are not libbpf's
 
@@ -226,12 +229,7 @@ class BpfObject:
         """The object itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Detach and unload everything."""
         self.close()
 
@@ -460,7 +458,11 @@ class BpfObject:
 
     def _check(self, result: int, action: str) -> None:
         if result < 0:
-            raise LoadError(f"cannot {action}: {explain(-result, self._lib.log)}")
+            raise self._failure(-result, action)
+
+    def _failure(self, number: int, action: str) -> LoadError:
+        kind = NotAllowedError if number == errno.EPERM else LoadError
+        return kind(f"cannot {action}: {explain(number, self._lib.log)}")
 
 
 @functools.cache
@@ -506,12 +508,17 @@ def _multi_uprobe(program_fd: int, path: Path, places: Sequence[Uprobe], at_retu
         c.addressof(name), c.addressof(offsets), c.addressof(semaphores), c.addressof(cookies),
         count, int(at_return), 0,
     )  # fmt: skip
-    call = c.CDLL(None, use_errno=True).syscall
-    call.restype, call.argtypes = c.c_long, [c.c_long, c.c_int, c.c_void_p, c.c_uint]
+    return bpf(BPF_LINK_CREATE, attributes)
+
+
+def bpf(command: int, attributes: "c.Array[c.c_char]") -> int:
+    """bpf(2), for what libbpf does not offer: its result, or -errno."""
     number = BPF_SYSCALL.get(os.uname().machine)
     if number is None:
         return -errno.ENOSYS
-    result = int(call(number, BPF_LINK_CREATE, attributes, len(attributes)))
+    call = c.CDLL(None, use_errno=True).syscall
+    call.restype, call.argtypes = c.c_long, [c.c_long, c.c_int, c.c_void_p, c.c_uint]
+    result = int(call(number, command, attributes, len(attributes)))
     return result if result >= 0 else -c.get_errno()
 
 

@@ -7,15 +7,17 @@ beginning of a function is only taken when disassembling the function shows an i
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import capstone
 import numpy as np
 from elftools.elf.elffile import ELFFile
 from numpy.typing import NDArray
 
 from scope_ebpf.errors import FormatError
 from scope_ebpf.loaders.elf import DAMAGE
+
+if TYPE_CHECKING:  # not every recording disassembles something
+    from capstone import Cs
 
 Symbols = NDArray[np.void]
 
@@ -195,12 +197,33 @@ class ProbedFile:
         return np.sort(pairs[::2].astype(np.int64) + int(section["sh_addr"]))
 
 
-def disassembler(machine: str) -> capstone.Cs:
+class MetFiles:
+    """Files that were met, by device and inode: one may have several paths."""
+
+    def __init__(self) -> None:
+        """None was met."""
+        self._identities: set[tuple[int, int]] = set()
+
+    def is_new(self, path: Path) -> bool:
+        """Whether a file is there and was not met before; from now on it was."""
+        try:
+            status = path.stat()
+        except OSError:
+            return False
+        identity = (status.st_dev, status.st_ino)
+        known = identity in self._identities
+        self._identities.add(identity)
+        return not known
+
+
+def disassembler(machine: str) -> "Cs":
     """A disassembler for the machine of an ELF file.
 
     Raises:
         FormatError: there is none.
     """
+    import capstone
+
     if machine == "EM_X86_64":
         return capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
     if machine == "EM_AARCH64":

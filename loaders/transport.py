@@ -14,14 +14,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from scope_ebpf.loaders.libbpf import BPF_SYSCALL, BpfObject
+from scope_ebpf.loaders.libbpf import BpfObject, bpf
 from scope_ebpf.loaders.perf_ring import PerfMemory, PerfRing, ring_bytes, sample_bytes
 from scope_ebpf.loaders.ring import Records, SlotRing, array_in
 
 PROBES = Path(__file__).resolve().parent.parent / "probes"
 OBJECT = PROBES / "capture.bpf.o"
 PERF_OBJECT = PROBES / "capture_perf.bpf.o"
-TRANSPORTS = ("auto", "rings", "perf")
 
 # As in probes/perf.h: a CPU's stages, and how many records all of them hold.
 STAGES, STAGED_HOT, STAGED_WIDE = 6, 16, 4 * 8 + 2 * 256
@@ -167,7 +166,7 @@ class PerfBuffers(Transport):
 
 
 def choose_transport(wanted: str) -> tuple[type[Transport], ...]:
-    """The transports to try, one after the other, for one of TRANSPORTS."""
+    """The transports to try, one after the other, for `auto`, `rings` or `perf`."""
     if wanted == "rings":
         return (MappedRings,)
     if wanted == "perf" or not has_fetching_atomics():
@@ -186,13 +185,7 @@ def has_fetching_atomics() -> bool:
         attributes, 0, BPF_PROG_TYPE_SOCKET_FILTER, len(FETCH_AND_ADD) // 8,
         c.addressof(code), c.addressof(licence), 0, 0, 0, 0, 0,
     )  # fmt: skip
-    number = BPF_SYSCALL.get(os.uname().machine)
-    if number is None:
-        return True
-    call = c.CDLL(None, use_errno=True).syscall
-    call.restype, call.argtypes = c.c_long, [c.c_long, c.c_int, c.c_void_p, c.c_uint]
-    descriptor = int(call(number, BPF_PROG_LOAD, attributes, len(attributes)))
+    descriptor = bpf(BPF_PROG_LOAD, attributes)
     if descriptor >= 0:
         os.close(descriptor)
-        return True
-    return c.get_errno() != errno.EINVAL
+    return descriptor != -errno.EINVAL

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scope_ebpf import records
 from scope_ebpf.errors import FormatError, LoadError, ScopeError
 from scope_ebpf.loaders.libbpf import BpfObject
+from scope_ebpf.loaders.probed_files import MetFiles
 from scope_ebpf.loaders.python.files import probed_files
 from scope_ebpf.loaders.python.interpreters import (
     Interpreter,
@@ -27,6 +28,7 @@ from scope_ebpf.loaders.python.interpreters import (
 from scope_ebpf.loaders.python.sites import PythonSite, file_sites
 from scope_ebpf.loaders.python.states import has_own_pids
 from scope_ebpf.loaders.ring import array_in
+from scope_ebpf.loaders.shared_globals import SharedGlobals
 from scope_ebpf.records import InterpreterFlags, PythonLimits
 
 FAMILIES = ("samples", "contexts", "gil")
@@ -73,7 +75,7 @@ def program_for(site: PythonSite) -> str | None:
 class PythonWatch:
     """The interpreters among what is recorded."""
 
-    def __init__(self, opened: BpfObject, families: Iterable[str]) -> None:
+    def __init__(self, opened: BpfObject, shared: SharedGlobals, families: Iterable[str]) -> None:
         """Map what user space and the probes share; the object is loaded."""
         self._object = opened
         self._families = frozenset(families)
@@ -82,12 +84,9 @@ class PythonWatch:
         count = int(PythonLimits.INTERPRETERS)
         memory = opened.map_memory("interpreters", count * stride, writable=True)
         self._interpreters = array_in(memory, records.INTERPRETER, count)
-        variables = opened.variables(".bss")
-        length = max(sum(place) for place in variables.values())
-        memory = opened.map_memory(".bss", length, writable=True)
-        self._wanted = np.frombuffer(memory, "<u4", 1, variables["python_wanted"][0])
-        self._changes = np.frombuffer(memory, "<u4", 1, variables["interpreter_changes"][0])
-        self._attached: set[tuple[int, int]] = set()  # device and inode of files
+        self._wanted = shared["python_wanted"]
+        self._changes = shared["interpreter_changes"]
+        self._files = MetFiles()
         self._used = 0
         self._free: list[int] = []  # elements of processes that are gone
         self._taken_up = 0
@@ -103,13 +102,8 @@ class PythonWatch:
         """
         notes = []
         for path in probed_files(tgids, commands):
-            try:
-                status = path.stat()
-            except OSError:  # it is gone
+            if not self._files.is_new(path):
                 continue
-            if (status.st_dev, status.st_ino) in self._attached:
-                continue
-            self._attached.add((status.st_dev, status.st_ino))
             try:
                 sites = file_sites(path)
             except FormatError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -50,6 +49,8 @@ class Notifier:
     def _send(self, text: str) -> None:
         if not self._address:
             return
+        import socket  # most recordings have nobody to tell
+
         # a manager that is gone must not end a recording
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             channel.sendto(text.encode(), self._address)

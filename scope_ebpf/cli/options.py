@@ -17,7 +17,6 @@ Function = Callable[..., Any]
 
 MAX_PAYLOAD_BYTES = 32768
 MAX_SAMPLE_HZ = 4999
-# of loaders.transport, which takes longer to import than --help should
 TRANSPORTS = ("auto", "rings", "perf")
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -156,7 +155,7 @@ class Choices:
 
 def with_families_of(choices: Choices) -> Choices:
     """Without the families that the loader does not have, for a user who chose none."""
-    from scope_ebpf.loaders.bcc_capture import choose_loader
+    from scope_ebpf.loaders.choice import choose_loader
 
     if choose_loader(choices.loader) != "bcc":
         return choices

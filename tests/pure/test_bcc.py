@@ -7,11 +7,12 @@ import pytest
 from scope_ebpf.errors import FormatError, LoadError, UsageError
 from scope_ebpf.families import TABLES
 from scope_ebpf.loaders import bcc, bcc_rings
-from scope_ebpf.loaders.bcc_capture import check_options, choose_loader, kernel_version
+from scope_ebpf.loaders.bcc_capture import check_options, kernel_version
 from scope_ebpf.loaders.bcc_fields import check_layout, own_table, plain_code
 from scope_ebpf.loaders.bcc_life import parse_call
 from scope_ebpf.loaders.bcc_programs import Place, find_places, read_source, table_names
 from scope_ebpf.loaders.bcc_source import joined, translate
+from scope_ebpf.loaders.choice import choose_loader
 from scope_ebpf.recording.own_tables import own_frame, schema_of
 from scope_ebpf.recording.schema import SCHEMAS
 
