@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -69,9 +70,11 @@ def _ended(path: Path, meta: Meta) -> int:
 def disk_bytes(path: Path) -> int:
     """What the files below a folder take on the disk."""
     total = 0
-    for file in path.rglob("*"):
-        try:
-            total += file.lstat().st_blocks * BLOCK_BYTES
-        except OSError:  # removed meanwhile
-            continue
+    # not Path.rglob(): before Python 3.13 it fails when a folder is removed meanwhile, as another recorder does
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            try:
+                total += os.lstat(os.path.join(folder, name)).st_blocks * BLOCK_BYTES
+            except OSError:  # removed meanwhile
+                continue
     return total

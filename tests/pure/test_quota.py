@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from scope_ebpf.analysis.services import service_lives
 from scope_ebpf.analysis.summary import summarize
 from scope_ebpf.errors import RecordingError
 from scope_ebpf.recording.meta import RecorderUse, TableCount, read_meta
-from scope_ebpf.recording.rotation import earlier_recordings, remove
+from scope_ebpf.recording.rotation import disk_bytes, earlier_recordings, remove
 from scope_ebpf.recording.schema import SCHEMAS
 from scope_ebpf.recording.state import Connections
 from scope_ebpf.recording.writer import RecordingWriter
@@ -180,3 +182,24 @@ def test_recordings_without_a_quota_say_nothing_of_one(tmp_path):
     found = summarize(open_recording(path))
     assert (found.keep_bytes, found.kept_since_ns, found.dropped_rows) == (None, None, 0)
     assert read_meta(path).tables.keys() == {*SCHEMAS, "payloads"}
+
+
+def test_folders_that_go_while_they_are_measured(tmp_path):
+    """As those do that another recorder removes: the rest counts, and nothing fails."""
+    (tmp_path / "kept").write_bytes(bytes(10_000))
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            for number in range(20):
+                (tmp_path / f"going-{number}" / "deeper").mkdir(parents=True)
+            for number in range(20):
+                shutil.rmtree(tmp_path / f"going-{number}")
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        assert all(disk_bytes(tmp_path) >= 10_000 for _ in range(200))
+    finally:
+        ended.set()
+        other.join()
