@@ -13,7 +13,7 @@ from scope_ebpf import records
 from scope_ebpf.errors import FormatError, LoadError, UsageError
 from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders import hits, tls
-from scope_ebpf.loaders.cgroups import descendants, mount_point
+from scope_ebpf.loaders.cgroups import absence, descendants, mount_point
 from scope_ebpf.loaders.choice import choose_loader
 from scope_ebpf.loaders.hit_families import HIT_FAMILIES, add_family
 from scope_ebpf.loaders.libbpf import (
@@ -397,8 +397,8 @@ class Capture:
             self._newcomers.know(tgids)
             if mount_point() is None:
                 self.notes.append(
-                    "cgroups have no paths: no unified hierarchy (cgroup v2) is mounted; services are"
-                    " named by their commands only"
+                    f"cgroups have no paths: {absence()[0]}, and paths are those of version 2; services"
+                    " are named by their commands only"
                 )
         if "samples" in self.options.families:
             try:

@@ -10,15 +10,37 @@ MOUNTS = Path("/proc/self/mounts")
 ESCAPE = re.compile(rb"\\([0-3][0-7]{2})")
 
 
-def mount_point(mounts: Path = MOUNTS) -> Path | None:
-    """Where the unified hierarchy (cgroup2) is mounted; None if it is not."""
+def _mounted(kind: bytes, mounts: Path) -> list[Path]:
+    """Where file systems of a kind are mounted, in the order of the mounts."""
+    found = []
     for line in mounts.read_bytes().split(b"\n"):
         fields = line.split(b" ")
-        if len(fields) > 2 and fields[2] == b"cgroup2":
+        if len(fields) > 2 and fields[2] == kind:
             # the kernel writes white space and backslashes as three octal digits (seq_path)
             plain = ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), fields[1])
-            return Path(os.fsdecode(plain))
-    return None
+            found.append(Path(os.fsdecode(plain)))
+    return found
+
+
+def mount_point(mounts: Path = MOUNTS) -> Path | None:
+    """Where the unified hierarchy (cgroup2) is mounted; None if it is not."""
+    return next(iter(_mounted(b"cgroup2", mounts)), None)
+
+
+def old_mount_points(mounts: Path = MOUNTS) -> list[Path]:
+    """Where hierarchies of version 1 are mounted, of which there is one per controller."""
+    return _mounted(b"cgroup", mounts)
+
+
+def absence(mounts: Path = MOUNTS) -> tuple[str, str]:
+    """Where no unified hierarchy is mounted: why, and how to get one."""
+    if old_mount_points(mounts):
+        # To mount one there would hide those that the host uses, and would show no cgroup but the root.
+        return (
+            "this host has cgroups of version 1 only",
+            "boot it with systemd.unified_cgroup_hierarchy=1",
+        )
+    return "no unified hierarchy is mounted", "run `sudo mount -t cgroup2 none /sys/fs/cgroup`"
 
 
 def resolve(name: str) -> Path:
@@ -29,23 +51,30 @@ def resolve(name: str) -> Path:
     """
     root = mount_point()
     if root is None:
-        raise TargetError(
-            f"cannot record the cgroup {name}: no unified hierarchy is mounted;"
-            " run `sudo mount -t cgroup2 none /sys/fs/cgroup`, or use attach --pid"
-        )
+        fact, step = absence()
+        raise TargetError(f"cannot record the cgroup {name}: {fact}; {step}, or use attach --pid")
     if not name:  # an empty variable of a shell, not the root with every process of the host
         raise TargetError("cannot record a cgroup without a name; / is the whole hierarchy")
+    old = old_mount_points()
     for candidate in (Path(name), root / name.lstrip("/")):
         try:
             resolved = Path(os.path.realpath(candidate))
         except ValueError:  # no path at all: a zero byte in it
             continue
         # os.path: Path.is_dir() raises for a name that is too long or may not be looked at
-        if os.path.isdir(resolved) and (resolved == root or root in resolved.parents):
+        if not os.path.isdir(resolved):
+            continue
+        if resolved == root or root in resolved.parents:
             return resolved
+        if any(mount == resolved or mount in resolved.parents for mount in old):
+            raise TargetError(
+                f"cannot record the cgroup {name}: it is of version 1, and only those of the unified hierarchy"
+                f" below {root} can be; the line of /proc/PID/cgroup that begins with 0:: tells a"
+                " process's there"
+            )
     raise TargetError(
         f"cannot record the cgroup {name}: it is no directory below {root};"
-        " `cat /proc/PID/cgroup` tells the cgroup of a process"
+        " `grep ^0:: /proc/PID/cgroup` tells the cgroup of a process"
     )
 
 

@@ -369,17 +369,12 @@ def tell_cgroups() -> Check:
     name = "cgroup v2"
     try:
         where = cgroups.mount_point()
-    except OSError:
-        where = None
-    if where is not None:
-        return Check(name, None, f"mounted at {where}")
-    return Check(
-        name,
-        None,
-        "not mounted",
-        "record --cgroup needs it",
-        "run `sudo mount -t cgroup2 none /sys/fs/cgroup`",
-    )
+        if where is not None:
+            return Check(name, None, f"mounted at {where}")
+        fact, step = cgroups.absence()
+    except OSError as error:
+        fact, step = f"the mounts cannot be read: {error.strerror}", "mount /proc"
+    return Check(name, None, f"not mounted: {fact}", "record --cgroup needs it", step)
 
 
 def tell_breakpoints() -> Check:

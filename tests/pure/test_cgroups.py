@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from scope_ebpf.errors import TargetError
 from scope_ebpf.loaders import cgroups
-from scope_ebpf.loaders.cgroups import CgroupPaths, descendants, mount_point, resolve
+from scope_ebpf.loaders.cgroups import (
+    CgroupPaths,
+    absence,
+    descendants,
+    mount_point,
+    old_mount_points,
+    resolve,
+)
 
 pytestmark = pytest.mark.pure
 
@@ -129,11 +136,34 @@ def test_resolve_anything(hierarchy, name):
     assert found == hierarchy or hierarchy in found.parents
 
 
-def test_no_hierarchy(monkeypatch):
+def test_no_hierarchy(tmp_path, monkeypatch):
     monkeypatch.setattr(cgroups, "mount_point", lambda: None)
+    monkeypatch.setattr(cgroups, "absence", lambda: absence(mounts(tmp_path)))
     with pytest.raises(TargetError, match="no unified hierarchy is mounted; run `sudo mount"):
         resolve("/a")
     assert CgroupPaths().path(7) is None
+
+
+def test_version_1_only(tmp_path, monkeypatch):
+    """Nothing is mounted over what such a host uses."""
+    file = mounts(tmp_path, b"cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0")
+    assert old_mount_points(file) == [Path("/sys/fs/cgroup/cpu")]
+    monkeypatch.setattr(cgroups, "mount_point", lambda: None)
+    monkeypatch.setattr(cgroups, "absence", lambda: absence(file))
+    with pytest.raises(TargetError, match="of version 1 only; boot it with") as caught:
+        resolve("/a")
+    assert "sudo mount" not in str(caught.value)
+
+
+def test_a_cgroup_of_version_1_beside_the_hierarchy(hierarchy, tmp_path, monkeypatch):
+    old = tmp_path / "outside"
+    (old / "service").mkdir()
+    monkeypatch.setattr(cgroups, "old_mount_points", lambda: [old])
+    for path in (old, old / "service"):
+        with pytest.raises(TargetError, match="it is of version 1, and only those of the unified"):
+            resolve(str(path))
+    # the name of one there is a path in the unified hierarchy
+    assert resolve("/a/b") == hierarchy / "a" / "b"
 
 
 def test_descendants_and_their_paths(hierarchy):
