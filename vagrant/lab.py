@@ -111,6 +111,7 @@ class Guest:
         memory_mib: of the guest.
         cpus: virtual CPUs.
         timeout_seconds: from the start of QEMU to its end.
+        parameters: further ones for the kernel.
     """
 
     kernel: str
@@ -118,6 +119,7 @@ class Guest:
     memory_mib: int = 1024
     cpus: int = 1
     timeout_seconds: float = 600
+    parameters: str = ""
 
 
 @dataclass(frozen=True)
@@ -333,6 +335,8 @@ def qemu_command(guest: Guest, image: Image, work: Path) -> list[str]:
         "lab.systemd systemd.mask=serial-getty@ttyS0.service"
         if guest.systemd
         else "init=/usr/lib/lab/start",
+        # last: of two that say otherwise the kernel and systemd take the later one
+        guest.parameters,
     ]
     words += ["-kernel", str(image.folder / f"vmlinuz-{release}"), "-append", " ".join(settings)]
     disks = {
@@ -618,7 +622,14 @@ def run(options: argparse.Namespace) -> int:
         raise LabError("cannot run both tests and --command: give one of them")
     else:
         command = options.command
-    guest = Guest(options.kernel, options.systemd, options.memory, options.cpus, options.timeout)
+    guest = Guest(
+        options.kernel,
+        options.systemd,
+        options.memory,
+        options.cpus,
+        options.timeout,
+        options.append,
+    )
     outcome = run_guest(guest, command, sys.stdout.buffer)
     report(guest, outcome)
     return outcome.exit_code
@@ -655,6 +666,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     one.add_argument("--command", help="run this shell command instead of tests")
     one.add_argument("--systemd", action="store_true", help="boot systemd and the services")
     one.add_argument("--cpus", type=int, default=1, help="virtual CPUs (1)")
+    one.add_argument(
+        "--append",
+        default="",
+        metavar="PARAMETERS",
+        help="further ones for the kernel, as systemd.unified_cgroup_hierarchy=0",
+    )
     every = commands.add_parser("all", help="run tests on every kernel, and print a table")
     every.add_argument(
         "--kernel", dest="kernels", action="append", help="only this one; repeatable"
