@@ -40,7 +40,8 @@ from scope_ebpf.syscalls import SYSCALLS
 LIFE_PROGRAMS = ("on_fork", "on_exec", "on_exit", "on_sched_switch")
 CALL_PROGRAMS = ("on_sys_exit", "on_sys_enter")
 CGROUP_PROGRAMS = ("on_cgroup_mkdir", "on_cgroup_attach")
-ITERATORS = ("on_mark_tasks", "on_list_files", "on_list_open")
+ITERATORS = ("on_mark_tasks", "on_list_open")
+FILE_ITERATORS = ("on_list_files",)  # of the messages family
 # Structs whose layout must be the one that Python reads.
 RECORDS = (
     "call",
@@ -282,6 +283,9 @@ class Capture:
             chosen += ("on_sched_waking",)
         return chosen
 
+    def _iterators(self) -> tuple[str, ...]:
+        return ITERATORS + (FILE_ITERATORS if "messages" in self.options.families else ())
+
     def _records_hits(self) -> bool:
         chosen = bool(self.options.probes) or bool(set(HIT_FAMILIES) & set(self.options.families))
         return chosen and self._places_are_told
@@ -299,7 +303,7 @@ class Capture:
         self._object.select(
             {
                 *self._programs(),
-                *ITERATORS,
+                *self._iterators(),
                 *(CALL_PROGRAMS if self._records_calls() else ()),
                 *(tls.PROGRAMS if "tls" in families else ()),
                 *(watch.UPROBES if self._follows_python() else ()),
@@ -378,7 +382,7 @@ class Capture:
         if self.options.cgroup is not None:
             for identity in descendants(self.options.cgroup):
                 self._object.update("cgroups", identity, 1, key_bytes=8)
-        self._object.attach(*self._programs(), *ITERATORS)
+        self._object.attach(*self._programs(), *self._iterators())
         marked = [self._mark()]
         while True:
             # a child of a thread that was not marked yet may have been missed
@@ -588,7 +592,7 @@ class Capture:
         self._object.detach("on_sys_enter")
         self._object.detach("on_sys_exit")
         data = self._object.iterate("on_list_open")
-        self._object.detach(*self._programs(), *ITERATORS)
+        self._object.detach(*self._programs(), *self._iterators())
         return np.frombuffer(data, dtype=hot_dtype())
 
 

@@ -68,9 +68,8 @@ def resolve(name: str) -> Path:
             return resolved
         if any(mount == resolved or mount in resolved.parents for mount in old):
             raise TargetError(
-                f"cannot record the cgroup {name}: it is of version 1, and only those of the unified hierarchy"
-                f" below {root} can be; the line of /proc/PID/cgroup that begins with 0:: tells a"
-                " process's there"
+                f"cannot record the cgroup {name}: it is of version 1, and only those of the unified"
+                f" hierarchy below {root} can be; `grep ^0:: /proc/PID/cgroup` tells a process's there"
             )
     raise TargetError(
         f"cannot record the cgroup {name}: it is no directory below {root};"

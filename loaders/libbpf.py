@@ -11,6 +11,7 @@ import os
 import struct
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from scope_ebpf.loaders.elf import ElfObject
 from scope_ebpf.loaders.perf import open_cpu_clock
 
 LOG_LINES = 400
+CLOSING_THREADS = 16
 # Of a map, to look at: more than any of ours has.
 MOST_ELEMENTS = 1 << 18
 LIBBPF_DEBUG = 2  # enum libbpf_print_level
@@ -216,7 +218,7 @@ class BpfObject:
             LoadError: there is no such object, or libbpf cannot read it.
         """
         self.path = path
-        self.btf = Btf.from_object(path)
+        self._elf, self.btf = _read(path)
         self._lib = library()
         self._lib.log.clear()
         self._object = self._lib.open_file(os.fsencode(path), None)
@@ -235,14 +237,16 @@ class BpfObject:
 
     def close(self) -> None:
         """Detach and unload everything; may be called again."""
-        self.detach(*self._links)
-        # the kernel waits for each until no CPU is inside of it
-        closing = [threading.Thread(target=os.close, args=(fd,)) for fd in self._descriptors]
+        ends = [
+            *(functools.partial(self._lib.link_destroy, link) for link in self._links.values()),
+            *(functools.partial(os.close, descriptor) for descriptor in self._descriptors),
+        ]
+        self._links.clear()
         self._descriptors.clear()
-        for thread in closing:
-            thread.start()
-        for thread in closing:
-            thread.join()
+        # the kernel waits for each uprobe until no CPU is inside of it, a tenth of a second: for all at once
+        if ends:
+            with ThreadPoolExecutor(min(len(ends), CLOSING_THREADS)) as pool:
+                list(pool.map(lambda end: end(), ends))
         if self._object:
             self._lib.close(self._object)
             self._object = None
@@ -275,7 +279,7 @@ class BpfObject:
 
     def variables(self, section: str) -> dict[str, tuple[int, int]]:
         """Offset and size in bytes of each global in a section such as .bss."""
-        return ElfObject(self.path).variables(section)
+        return self._elf.variables(section)
 
     def resize(self, name: str, entries: int, value_bytes: int | None = None) -> None:
         """Set a map's element count and value size, before load()."""
@@ -465,6 +469,21 @@ class BpfObject:
         return kind(f"cannot {action}: {explain(number, self._lib.log)}")
 
 
+def _read(path: Path) -> tuple[ElfObject, Btf]:
+    """An object file and its types; those that open it again, as the doctor does, read it once."""
+    try:
+        status = path.stat()
+    except OSError:
+        return _read_version(path, 0, 0)  # which says why it cannot
+    return _read_version(path, status.st_mtime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_version(path: Path, _changed_ns: int, _inode: int) -> tuple[ElfObject, Btf]:
+    elf = ElfObject(path)
+    return elf, Btf.from_bytes(elf.section(".BTF"), str(path))
+
+
 @functools.cache
 def has_multi_uprobes() -> bool:
     """Whether a link can hold uprobes by itself, without a perf event: since 6.6 (commit 89ae89f53d20).
@@ -522,6 +541,7 @@ def bpf(command: int, attributes: "c.Array[c.c_char]") -> int:
     return result if result >= 0 else -c.get_errno()
 
 
+@functools.cache
 def tracepoint_arguments(name: str) -> int:
     """How many arguments a tracepoint's BTF prototype has, without the leading void pointer; 0: none.
 

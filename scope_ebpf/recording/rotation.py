@@ -70,7 +70,7 @@ def _ended(path: Path, meta: Meta) -> int:
 def disk_bytes(path: Path) -> int:
     """What the files below a folder take on the disk."""
     total = 0
-    # not Path.rglob(): before Python 3.13 it fails when a folder is removed meanwhile, as another recorder does
+    # not Path.rglob(): before Python 3.13 it fails when a folder is removed meanwhile, by another recorder
     for folder, folders, files in os.walk(path):
         for name in (*folders, *files):
             try:
