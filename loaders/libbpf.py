@@ -21,6 +21,9 @@ from scope_ebpf.loaders.btf import Btf
 from scope_ebpf.loaders.elf import ElfObject
 from scope_ebpf.loaders.perf import open_cpu_clock
 
+# A function of newer kernels (6.2) that the probes do without: see probes/kernel.h.
+OPTIONAL_FUNCTION = "bpf_rdonly_cast"
+NO_FUNCTION = b"scope_ebpf has no such function"
 LOG_LINES = 400
 CLOSING_THREADS = 16
 # Of a map, to look at: more than any of ours has.
@@ -121,6 +124,9 @@ class _Library:
         self.set_autoload = function("bpf_program__set_autoload", number, pointer, c.c_bool)
         self.expect_attach_type = function(
             "bpf_program__set_expected_attach_type", number, pointer, number
+        )
+        self.set_attach_target = function(
+            "bpf_program__set_attach_target", number, pointer, number, text
         )
         self.program_fd = function("bpf_program__fd", number, pointer)
         self.find_program = function("bpf_object__find_program_by_name", pointer, pointer, text)
@@ -295,6 +301,12 @@ class BpfObject:
             LoadError: with the kernel's reason.
         """
         self._lib.log.clear()
+        if not has_kernel_function(OPTIONAL_FUNCTION):
+            # libbpf then looks for it in the kernel's modules. To list these takes CAP_SYS_ADMIN, and libbpf 1.1
+            # gives up where it is refused; but it asks only once: so have it ask for something else before.
+            program = self._lib.next_program(self._object, None)
+            self._lib.set_attach_target(program, 0, NO_FUNCTION)
+            self._lib.log.clear()
         self._check(self._lib.load(self._object), f"load {self.path.name}")
 
     def attach(self, *names: str) -> None:
@@ -504,12 +516,22 @@ def has_cookies() -> bool:
 
 def has_kernel_struct(name: str) -> bool:
     """Whether the running kernel's BTF has a struct."""
+    return _has_kernel_type(name, 4)  # BTF_KIND_STRUCT
+
+
+def has_kernel_function(name: str) -> bool:
+    """Whether the running kernel's BTF, without that of its modules, has a function."""
+    return _has_kernel_type(name, 12)  # BTF_KIND_FUNC
+
+
+@functools.cache
+def _has_kernel_type(name: str, kind: int) -> bool:
     lib = library()
     btf = lib.kernel_btf()
     if not btf:
         return False
     try:
-        return int(lib.btf_find(btf, name.encode(), 4)) > 0  # BTF_KIND_STRUCT
+        return int(lib.btf_find(btf, name.encode(), kind)) > 0
     finally:
         lib.btf_free(btf)
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scope_ebpf.errors import FormatError, ScopeError
-from scope_ebpf.loaders.libbpf import library
+from scope_ebpf.loaders.libbpf import has_multi_uprobes, library
+from scope_ebpf.loaders.perf import open_bpf_output
 
 _NAMES = """
 CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE
@@ -289,8 +290,9 @@ def drop_after_attaching(
     """Give up for good what is not needed once the probes are attached.
 
     Attached iterators can still be run, maps be read and written, links be destroyed, and /proc of
-    any process be read. To attach more later, pass `keep=NEEDED`. From then on nothing that this
-    process executes can gain privileges.
+    any process be read. To attach more later, pass `keep=NEEDED`; where the kernel attaches uprobes by
+    perf events and opens none for CAP_PERFMON, CAP_SYS_ADMIN is kept then, if it is held. From then on
+    nothing that this process executes can gain privileges.
 
     Root through sudo becomes the invoking user: files that the process makes from then on belong to
     that user, and neither CAP_CHOWN nor root is kept. So make the recording's directory before, and
@@ -310,6 +312,8 @@ def drop_after_attaching(
     wanted = set(keep)
     if not _iterators_run_without(before):
         wanted.add("CAP_BPF")
+    if "CAP_PERFMON" in wanted and not _uprobes_attach_without(before):
+        wanted.add("CAP_SYS_ADMIN")
     wanted |= {STAND_INS[name] for name in wanted - before.permitted if name in STAND_INS}
     kept = before.permitted & wanted
     if "CAP_SETPCAP" in before.permitted:
@@ -343,6 +347,25 @@ def _iterators_run_without(before: Capabilities) -> bool:
         return bool(library().iterate(-1, 0) == -errno.EBADF)
     finally:
         _set_capabilities(before.permitted, before.permitted)
+
+
+def _uprobes_attach_without(before: Capabilities) -> bool:
+    """Can a process with CAP_PERFMON and without CAP_SYS_ADMIN attach a uprobe?
+
+    By a link of its own it can, since 6.6. Before, that takes a perf event, and for these the kernels of
+    Debian and Ubuntu ask for CAP_SYS_ADMIN if kernel.perf_event_paranoid is above 2, as it is by default.
+    Asked with an event that is closed again.
+    """
+    if has_multi_uprobes() or "CAP_SYS_ADMIN" not in before.permitted:
+        return True
+    _set_capabilities(before.permitted - {"CAP_SYS_ADMIN"}, before.permitted)
+    try:
+        descriptor = open_bpf_output(0)
+    finally:
+        _set_capabilities(before.permitted, before.permitted)
+    if descriptor >= 0:
+        os.close(descriptor)
+    return descriptor != -errno.EACCES
 
 
 def _threads_with_more(kept: frozenset[str]) -> int:

@@ -28,6 +28,10 @@ UNREDACTED = (
     "warning: --unredacted stores what messages say as it is, with passwords, tokens and personal data;"
     " keep the recording where they may be kept"
 )
+KEPT_ADMIN = (
+    "note: CAP_SYS_ADMIN is kept, which this kernel wants for probes in programs that begin later;"
+    " `sysctl kernel.perf_event_paranoid=2` makes it needless"
+)
 SHOWN_TABLES = ("syscalls", "messages", "offcpu")
 
 
@@ -135,9 +139,11 @@ def record(
 
     def attached() -> None:
         on_attached()
-        privileges.drop_after_attaching(os.environ, keep)
+        dropped = privileges.drop_after_attaching(os.environ, keep)
         text = f"recording {printable(subject)} to {printable(str(path))}"
         say(f"{text}; {ending}")
+        if attaches_later and "CAP_SYS_ADMIN" in dropped.kept:
+            say(KEPT_ADMIN)
         notifier.ready(text)
 
     if choices.unredacted and (options.payload_bytes or options.probes or options.calls):
