@@ -2,11 +2,12 @@
 
 A uprobe belongs to a file. Of named processes the files that they may use are found when the recording
 begins; a host or a cgroup may get others at any time, with a container's image or a virtual environment. So
-each program is looked at once, a moment after it began, when the dynamic linker has done its work. Once is
-by its file and its mount namespace: the thousandth `true` costs two look-ups in /proc.
+each program is looked at a moment after it began, when the dynamic linker has done its work, and twice later.
+What is of one kind, by its file and its mount namespace, is looked at once a minute: the thousandth `true`
+costs two look-ups in /proc, and the next service of the same interpreter is met although its libraries differ.
 
-Misses: the first calls of a program of a new kind, until it was looked at; and a program that ended before
-that, whose like is looked at the next time.
+Misses: the first calls of a program of a new kind, until it was looked at; a program that ended before that,
+whose like is looked at the next time; and libraries of a second program of a kind within the same minute.
 """
 
 import contextlib
@@ -18,8 +19,12 @@ from scope_ebpf.loaders.targets import PROC
 
 # The dynamic linker is done by then, and so are the imports of a Python service that takes them early.
 LINKED_SECONDS = 0.3
-# A program may load its libraries later than that; it is looked at once more.
+# A program may load its libraries later than that, on a busy host much later; it is looked at again.
 SETTLED_SECONDS = 5.0
+SURE_SECONDS = 15.0
+LOOKS = (LINKED_SECONDS, SETTLED_SECONDS, SURE_SECONDS)
+# Then a kind that was looked at is as good as new: another program of it may have libraries of its own.
+KNOWN_SECONDS = 60.0
 # More processes than this that began within that time are not looked at: they are gone, or of one kind.
 WAITING = 1024
 KINDS = 1 << 14
@@ -32,39 +37,46 @@ class Newcomers:
 
     def __init__(self) -> None:
         """Nobody has come."""
-        self._due: dict[tuple[int, bool], float] = {}
-        self._seen: dict[tuple[Kind, bool], None] = {}
+        # by process and the number of the look: when it is due
+        self._due: dict[tuple[int, int], float] = {}
+        # by kind and the number of the look: until when it counts, the oldest first
+        self._seen: dict[tuple[Kind, int], float] = {}
 
     def know(self, tgids: Iterable[int]) -> None:
         """These were looked at when the recording began."""
         for tgid in tgids:
             if (kind := kind_of(tgid)) is not None:
-                self._seen[kind, False] = None
+                self._see(kind, 0)
 
     def expect(self, tgids: Iterable[int]) -> None:
         """These executed a program just now."""
         now = time.monotonic()
         for tgid in tgids:
             if len(self._due) < WAITING:
-                self._due[tgid, False] = now + LINKED_SECONDS
-                self._due[tgid, True] = now + SETTLED_SECONDS
+                for look, after in enumerate(LOOKS):
+                    self._due[tgid, look] = now + after
 
     def due(self) -> int | None:
         """One that has to be looked at now, if there is one."""
         now = time.monotonic()
-        for (tgid, settled), at in list(self._due.items()):
+        for (tgid, look), at in list(self._due.items()):
             # what follows may have taken it out
-            if at > now or self._due.pop((tgid, settled), None) is None:
+            if at > now or self._due.pop((tgid, look), None) is None:
                 continue
             kind = kind_of(tgid)
             if kind is None:
-                self._due.pop((tgid, True), None)
-            elif (kind, settled) not in self._seen:
-                self._seen[kind, settled] = None
-                if len(self._seen) > KINDS:
-                    del self._seen[next(iter(self._seen))]
+                for later in range(look + 1, len(LOOKS)):
+                    self._due.pop((tgid, later), None)
+            elif self._seen.get((kind, look), 0.0) <= now:
+                self._see(kind, look)
                 return tgid
         return None
+
+    def _see(self, kind: Kind, look: int) -> None:
+        self._seen.pop((kind, look), None)
+        self._seen[kind, look] = time.monotonic() + KNOWN_SECONDS
+        if len(self._seen) > KINDS:
+            del self._seen[next(iter(self._seen))]
 
 
 def kind_of(tgid: int) -> Kind | None:

@@ -313,7 +313,8 @@ def test_containers_are_told_by_their_cgroups(known):
 def test_a_library_that_came_later_is_probed(known):
     rows = known.table("tls").filter(direction="send")
     lengths = rows["length_bytes"].to_list()
-    assert (lengths.count(5), lengths.count(7)) == (TLS_WRITES, TLS_WRITES), lengths
+    notes = known.recording.meta.notes
+    assert (lengths.count(5), lengths.count(7)) == (TLS_WRITES, TLS_WRITES), (lengths, notes)
 
 
 def test_interpreters_that_came_later_are_met(known):

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from scope_ebpf.loaders import newcomers
-from scope_ebpf.loaders.newcomers import LINKED_SECONDS, SETTLED_SECONDS, WAITING, Newcomers
+from scope_ebpf.loaders.newcomers import (
+    KNOWN_SECONDS,
+    LINKED_SECONDS,
+    LOOKS,
+    SETTLED_SECONDS,
+    SURE_SECONDS,
+    WAITING,
+    Newcomers,
+)
 
 pytestmark = pytest.mark.pure
 
@@ -38,6 +46,30 @@ def test_one_of_each_kind_is_looked_at_twice(world):
     found.expect([8])
     clock[0] += SETTLED_SECONDS
     assert drained(found) == []
+
+
+def test_a_program_that_loads_its_libraries_late_is_looked_at_again(world):
+    kinds, clock = world
+    kinds[7] = ("host", 1, 1)
+    found = Newcomers()
+    found.expect([7])
+    for seconds in LOOKS:
+        clock[0] = seconds
+        assert drained(found) == [7]
+    clock[0] = 100 * SURE_SECONDS
+    assert drained(found) == []
+
+
+def test_another_of_a_kind_is_looked_at_when_that_was_long_ago(world):
+    """Two services of one interpreter have libraries of their own."""
+    kinds, clock = world
+    kinds.update({7: ("host", 1, 1), 8: ("host", 1, 1)})
+    found = Newcomers()
+    found.know([7])
+    clock[0] = KNOWN_SECONDS
+    found.expect([8])
+    clock[0] += LINKED_SECONDS
+    assert drained(found) == [8]
 
 
 def test_what_ended_is_forgotten_whatever_is_due_with_it(world):
