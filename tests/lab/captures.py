@@ -51,13 +51,17 @@ def held() -> list[str]:
     return [link for link in links if "bpf" in link or "perf_event" in link]
 
 
+def keep_what_is_there() -> None:
+    """What the imports made stays anyway; to look through it at each turn takes as long as an attach."""
+    gc.collect()
+    gc.freeze()
+
+
 def load(pid: int, count: int, seed: int, chosen: dict[str, str]) -> dict[str, Any]:
     """Attach and detach so often; nothing may be left in this process each time."""
     moments = random.Random(seed)
     seconds = []
-    # What the imports made stays anyway, and to look through it takes as long as an attach.
-    gc.collect()
-    gc.freeze()
+    keep_what_is_there()
     for turn in range(count):
         began = time.monotonic()
         with Capture(options(pid, turn, chosen)) as capture:
@@ -88,6 +92,10 @@ def record(pid: int, turn: int, chosen: dict[str, str], stage: mmap.mmap) -> Non
 def kill(pid: int, count: int, seed: int, chosen: dict[str, str]) -> dict[str, Any]:
     """Fork recorders, and end each at a moment up to some time after it would be at work."""
     moments = random.Random(seed)
+    # what is read once per process is read before: recorders shall be met where they touch the kernel
+    with Capture(options(pid, 0, chosen)):
+        pass
+    keep_what_is_there()
     stage = mmap.mmap(-1, 4096)
     tried: dict[bool, float] = {}
     stages = dict.fromkeys(STAGES, 0)
