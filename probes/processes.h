@@ -198,11 +198,18 @@ static __always_inline void write_cgroup(struct cgroup *cgroup, const char *path
 
 	if (!cpu)
 		return;
-	process = process_reserve(cpu, CURRENT_TASK(), PROCESS_ALIVE, &index);
-	if (!process)
+	/* who made it does not matter */
+	process = wide_reserve(cpu, &index, 0);
+	if (!process) {
+		count_loss(cpu, LOSS_PROCESSES);
 		return;
+	}
 	process->kind = RECORD_CGROUP;
+	process->event = PROCESS_ALIVE;
+	process->time_ns = bpf_ktime_get_ns();
 	process->cgroup = ARG_FIELD(cgroup, kn, id);
+	process->command_line_bytes = 0;
+	process->command_line_total_bytes = 0;
 	length = bpf_probe_read_kernel_str(process->command_line, COMMAND_LINE_BYTES, path);
 	/* with the zero at its end; one that does not fit is looked for */
 	if (length > 1 && length < COMMAND_LINE_BYTES)
