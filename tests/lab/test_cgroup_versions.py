@@ -2,7 +2,8 @@
 
 Systemd mounts what the guest is told: version 2 by itself, both with
 
-    vagrant/lab.py run 5.10 --systemd --append systemd.unified_cgroup_hierarchy=0 tests/lab/test_cgroup_versions.py
+    vagrant/lab.py run 5.10 --systemd --append systemd.unified_cgroup_hierarchy=0
+        tests/lab/test_cgroup_versions.py
 
 and version 1 alone if systemd.legacy_systemd_cgroup_controller=1 is there, too.
 """
