@@ -343,7 +343,7 @@ int on_mark_tasks(struct bpf_iter__task *ctx)
 {
 	struct task_struct *task = ctx->task;
 	struct marked_task marked = {};
-	struct task_record fresh = {};
+	struct task_record *record, fresh = {};
 	__u32 kind;
 
 	/* of a process that ended, what is left waits for its parent */
@@ -352,8 +352,11 @@ int on_mark_tasks(struct bpf_iter__task *ctx)
 	kind = wanted(task);
 	if (!kind)
 		return 0;
-	marked.seen_before = record_of(task) != NULL;
-	if (!marked.seen_before) {
+	record = record_of(task);
+	/* what does not fit into one read of user space is thrown away, and the task comes again at the next */
+	marked.seen_before = record && !record->untold;
+	if (!record) {
+		fresh.untold = 1;
 		fresh.marked_ns = bpf_ktime_get_ns();
 		fresh.phase = kind == TARGET_AFTER_EXEC ? PHASE_DORMANT : PHASE_ATTACHED;
 		if (!task->on_cpu && fresh.phase == PHASE_ATTACHED) {
@@ -363,7 +366,8 @@ int on_mark_tasks(struct bpf_iter__task *ctx)
 			if (fresh.left_state != TASK_RUNNING)
 				find_call(task, &fresh.flight, fresh.marked_ns);
 		}
-		if (!new_record_of(task, &fresh)) {
+		record = new_record_of(task, &fresh);
+		if (!record) {
 			struct cpu_state *cpu = this_cpu();
 
 			if (cpu)
@@ -377,7 +381,8 @@ int on_mark_tasks(struct bpf_iter__task *ctx)
 	marked.cgroup = cgroup_of(task);
 	marked.start_boottime_ns = task->start_boottime;
 	bpf_probe_read_kernel(marked.comm, sizeof(marked.comm), task->comm);
-	bpf_seq_write(ctx->meta->seq, &marked, sizeof(marked));
+	if (!bpf_seq_write(ctx->meta->seq, &marked, sizeof(marked)))
+		record->untold = 0;
 	return 0;
 }
 

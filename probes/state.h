@@ -111,7 +111,8 @@ struct task_record {
 	__u8 phase;
 	__u8 in_flight;
 	__u8 left_status; /* call_status of the interval */
-	__u8 reserved[3];
+	__u8 untold; /* it was marked, and user space was not told yet */
+	__u8 reserved[2];
 	__u32 ended; /* of a process's first thread: the end of the process was told */
 #ifdef SCOPE_BCC
 	__u64 start_boottime_ns; /* of what was marked: /proc tells it to the tick, and all rows say the same */

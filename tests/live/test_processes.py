@@ -150,6 +150,17 @@ def test_alive(lives, tmp_path):
     assert threads["command_line"].null_count() == len(threads)
 
 
+def test_crowd(lives, tmp_path):
+    """Each of many processes that are there already is told once, however often the kernel is asked."""
+    with Target(lives, "crowd") as target, attached(tmp_path, target) as session:
+        children = target.work()
+    no_losses(session)
+    rows = session.table("processes").filter(parent_tgid=target.pid)
+    for event in ("alive", "exit"):
+        assert sorted(rows.filter(event=event)["tgid"]) == sorted(children)
+    assert set(rows.filter(event="exit")["signal"]) == {signal.SIGKILL}
+
+
 def start_ticks(task: Path) -> int:
     """When a thread began, in clock ticks since boot: field 22 of its stat."""
     return int((task / "stat").read_text().rpartition(")")[2].split()[19])

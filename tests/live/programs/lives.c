@@ -250,6 +250,31 @@ static void arguments(char *program)
 	fflush(stdout);
 }
 
+enum { CROWD = 1499 };
+
+/* More processes than the kernel tells user space of in one read. */
+static void crowd(void)
+{
+	pid_t children[CROWD];
+
+	for (int i = 0; i < CROWD; i++) {
+		children[i] = fork();
+		if (!children[i]) {
+			prctl(PR_SET_PDEATHSIG, SIGKILL);
+			pause();
+			_exit(0);
+		}
+	}
+	gate();
+	printf("[");
+	for (int i = 0; i < CROWD; i++) {
+		kill(children[i], SIGKILL);
+		waitpid(children[i], NULL, 0);
+		printf("%s%d", i ? ", " : "", children[i]);
+	}
+	printf("]\n");
+}
+
 int main(int count, char **given)
 {
 	const char *mode = count > 1 ? given[1] : "";
@@ -260,6 +285,8 @@ int main(int count, char **given)
 		alive();
 	else if (!strcmp(mode, "storm"))
 		storm();
+	else if (!strcmp(mode, "crowd"))
+		crowd();
 	else if (!strcmp(mode, "arguments"))
 		arguments(given[0]);
 	else if (!strcmp(mode, "quits"))
