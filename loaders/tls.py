@@ -18,11 +18,12 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from scope_ebpf.errors import FormatError
 from scope_ebpf.loaders.elf import SharedLibrary
-from scope_ebpf.loaders.targets import PROC
+from scope_ebpf.loaders.targets import PROC, command_line, environment
 from scope_ebpf.loaders.uprobe_sites import choose_site, direct_callees
 
 PROGRAMS = (
@@ -34,6 +35,9 @@ PROGRAMS = (
     "on_tls_return",
 )
 LIBRARY = re.compile(r"libssl[^/]*\.so[^/]*")
+# The paths of lines of /proc/PID/maps with the permission to execute.
+MAPPED_CODE = re.compile(r"^[^ ]+ ..x. [^ ]+ [^ ]+ [^ ]+ +(/.*)$", re.MULTILINE)
+ROOT = Path("/")
 IN_LINKER_CACHE = re.compile(rb"/[^\0]+/libssl\.so[^\0/]*")
 # What a wrapper does before it calls: less than this many bytes of x86-64 code.
 WRAPPER_BYTES = 64
@@ -133,19 +137,17 @@ def find_libraries(tgids: Iterable[int], commands: Iterable[Path] = ()) -> list[
 def _candidates(
     tgids: Iterable[int], commands: Iterable[Path], searched: set[Path]
 ) -> Iterator[Path]:
-    yield from _in_linker_cache(Path("/"))
-    places = [prefix for command in commands for prefix in _prefixes(Path("/"), command)]
+    yield from _in_linker_cache(ROOT)
+    places = [prefix for command in commands for prefix in _prefixes(ROOT, command)]
     yield from _in_prefixes(places, searched)
     for tgid in tgids:
-        root = root_of(tgid)
-        try:
-            mapped = mapped_files((PROC / str(tgid) / "maps").read_text(errors="surrogateescape"))
-        except OSError:  # it is gone
+        root, mapped = root_of(tgid), mapped_by(tgid)
+        if not mapped:  # it is gone
             continue
         yield from (
             root / name.lstrip("/") for name in mapped if LIBRARY.fullmatch(name.rpartition("/")[2])
         )
-        if root not in searched and root != Path("/"):
+        if root != ROOT and root not in searched:
             searched.add(root)
             yield from _in_linker_cache(root)
         yield from _in_packages(_package_folders(root, mapped), searched)
@@ -159,25 +161,38 @@ def mapped_files(maps: str) -> set[str]:
     >>> mapped_files(line)
     {'/usr/lib/libssl.so.3'}
     """
-    fields = (line.split(maxsplit=5) for line in maps.splitlines())
-    return {
-        field[5] for field in fields if len(field) == 6 and "x" in field[1] and field[5][0] == "/"
-    }
+    return set(MAPPED_CODE.findall(maps))
+
+
+def mapped_by(tgid: int) -> set[str]:
+    """mapped_files() of a process; empty if it is gone, or a thread of the kernel."""
+    # thousands of processes are looked at while a recording begins: this takes half of what pathlib does
+    try:
+        with open(f"{PROC}/{tgid}/maps", "rb") as file:
+            return mapped_files(os.fsdecode(file.read()))
+    except OSError:
+        return set()
 
 
 def root_of(tgid: int) -> Path:
     """Where a process's root directory is for us."""
+    folder = f"{PROC}/{tgid}"
     try:
-        if os.readlink(PROC / str(tgid) / "root") == "/":
-            namespace = os.readlink(PROC / str(tgid) / "ns/mnt")
-            if namespace == os.readlink("/proc/self/ns/mnt"):
-                return Path("/")
+        if os.readlink(f"{folder}/root") == "/":
+            namespace = os.readlink(f"{folder}/ns/mnt")
+            if namespace == _own_namespace():
+                return ROOT
             # a service that systemd gives another view of the files than the host's
             if namespace == os.readlink("/proc/1/ns/mnt"):
                 return PROC / "1/root"
     except OSError:
         pass
     return PROC / str(tgid) / "root"
+
+
+@lru_cache(maxsize=1)
+def _own_namespace() -> str:
+    return os.readlink("/proc/self/ns/mnt")
 
 
 def _in_linker_cache(root: Path) -> Iterator[Path]:
@@ -200,14 +215,14 @@ def _package_folders(root: Path, mapped: Iterable[str]) -> set[Path]:
 
 def _python_prefixes(root: Path, tgid: int) -> Iterator[Path]:
     """Where a process's Python may be installed: by its first arguments and its environment."""
-    folder = PROC / str(tgid)
+    folder = f"{PROC}/{tgid}"
     with contextlib.suppress(OSError):
-        for argument in (folder / "cmdline").read_bytes().split(b"\0")[:2]:
+        for argument in command_line(tgid).split(b"\0")[:2]:
             name = os.fsdecode(argument)
             if "/" in name:
-                start = Path("/") if name[0] == "/" else Path(os.readlink(folder / "cwd"))
+                start = ROOT if name[0] == "/" else Path(os.readlink(f"{folder}/cwd"))
                 yield from _prefixes(root, start / name)
-        for setting in (folder / "environ").read_bytes().split(b"\0"):
+        for setting in environment(tgid).split(b"\0"):
             if setting.startswith(b"VIRTUAL_ENV="):
                 yield root / os.fsdecode(setting.partition(b"=")[2]).lstrip("/")
 

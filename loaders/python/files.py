@@ -20,8 +20,8 @@ from pathlib import Path
 
 from scope_ebpf.errors import FormatError
 from scope_ebpf.loaders.elf import SharedLibrary
-from scope_ebpf.loaders.targets import PROC, command_line
-from scope_ebpf.loaders.tls import mapped_files, root_of
+from scope_ebpf.loaders.targets import PROC, command_line, environment
+from scope_ebpf.loaders.tls import mapped_by, root_of
 
 PROGRAM = re.compile(r"python(3(\.\d+)?t?)?")
 LIBPYTHON = re.compile(r"libpython3\.\d+[^/]*\.so[^/]*")
@@ -38,7 +38,8 @@ def interpreter_files(tgids: Iterable[int], commands: Iterable[Path] = ()) -> li
         tgids: processes; those that are gone are left out.
         commands: programs that are about to be executed here.
     """
-    return _once(path for path in _candidates(tgids, commands) if is_interpreter(path))
+    mapped = {tgid: _mapped(tgid) for tgid in sorted(set(tgids))}
+    return _interpreters(mapped, commands)
 
 
 def interpreters_in_path() -> list[Path]:
@@ -49,10 +50,12 @@ def interpreters_in_path() -> list[Path]:
 
 def probed_files(tgids: Iterable[int], commands: Iterable[Path] = ()) -> list[Path]:
     """interpreter_files() and the extension modules with places for probes, each once."""
-    tgids, interpreters = list(tgids), interpreter_files(tgids, commands)
+    mapped = {tgid: _mapped(tgid) for tgid in sorted(set(tgids))}
+    interpreters = _interpreters(mapped, commands)
     found = [*interpreters]
-    for tgid in tgids:
-        found += [path for path in _mapped(tgid) if path.name.partition(".")[0] in EXTENSIONS]
+    for path in dict.fromkeys(path for paths in mapped.values() for path in paths):
+        if path.name.partition(".")[0] in EXTENSIONS:
+            found.append(path)
     for path in interpreters:
         found += extension_files(path)
     return _once(found)
@@ -121,52 +124,61 @@ def resolve_in(root: Path, path: Path | str) -> Path | None:
 # ---- where they may be ----
 
 
-def _candidates(tgids: Iterable[int], commands: Iterable[Path]) -> Iterator[Path]:
+def _interpreters(mapped: dict[int, list[Path]], commands: Iterable[Path]) -> list[Path]:
+    """interpreter_files() for processes of which it is known what they have mapped."""
+    # each path once: thousands of processes may run one program
+    return _once(filter(is_interpreter, dict.fromkeys(_candidates(mapped, commands))))
+
+
+def _candidates(mapped: dict[int, list[Path]], commands: Iterable[Path]) -> Iterator[Path]:
     for command in commands:
         search = os.environ.get("PATH", DEFAULT_PATH)
         yield from _programs(Path("/"), _of_command(Path("/"), command), search)
-    seen: set[tuple[Path, str]] = set()
-    for tgid in sorted(set(tgids)):
-        yield from _mapped(tgid)
-        root, folder = root_of(tgid), PROC / str(tgid)
-        search, environment = DEFAULT_PATH, b""
-        with contextlib.suppress(OSError):
-            environment = (folder / "environ").read_bytes()
-        for setting in environment.split(b"\0"):
-            name, _, value = os.fsdecode(setting).partition("=")
-            if name == "PATH":
-                search = value
-            elif name == "VIRTUAL_ENV":
-                search = f"{value}/bin:{search}"
-        places = list(_of_arguments(root, tgid))
-        key = (root, search + "\0".join(map(str, places)))
+    seen: set[tuple[Path, str, tuple[Path, ...]]] = set()
+    for tgid, paths in mapped.items():
+        yield from paths
+        search = DEFAULT_PATH
+        for setting in environment(tgid).split(b"\0"):
+            name, _, value = setting.partition(b"=")
+            if name == b"PATH":
+                search = os.fsdecode(value)
+            elif name == b"VIRTUAL_ENV":
+                search = f"{os.fsdecode(value)}/bin:{search}"
+        root = root_of(tgid)
+        key = (root, search, tuple(_arguments(tgid)))
         if key not in seen:  # workers of one service are alike
             seen.add(key)
+            places = [place for path in key[2] for place in _of_command(root, path)]
             yield from _programs(root, places, search)
 
 
-def _mapped(tgid: int) -> Iterator[Path]:
+def _mapped(tgid: int) -> list[Path]:
     """Files that a process has mapped as code and that may be or contain CPython, its program first."""
-    folder, root = PROC / str(tgid), root_of(tgid)
     try:
-        names = mapped_files((folder / "maps").read_text(errors="surrogateescape"))
-        program = os.readlink(folder / "exe")
+        program = os.readlink(f"{PROC}/{tgid}/exe")
     except OSError:  # it is gone, or a thread of the kernel
-        return
-    for name in sorted(names, key=lambda name: (name != program, name)):
-        last = name.rpartition("/")[2]
-        if name == program or LIBPYTHON.fullmatch(last) or last.partition(".")[0] in EXTENSIONS:
-            yield root / name.lstrip("/")
+        return []
+    found = [
+        name
+        for name in mapped_by(tgid)
+        if name == program
+        or LIBPYTHON.fullmatch(last := name.rpartition("/")[2])
+        or last.partition(".")[0] in EXTENSIONS
+    ]
+    root = root_of(tgid)
+    return [
+        root / name.lstrip("/") for name in sorted(found, key=lambda name: (name != program, name))
+    ]
 
 
-def _of_arguments(root: Path, tgid: int) -> Iterator[Path]:
+def _arguments(tgid: int) -> Iterator[Path]:
     """Programs and scripts that a process was started as, by its first arguments."""
     for argument in command_line(tgid).split(b"\0")[:2]:
         name = os.fsdecode(argument)
         if "/" in name and not name.startswith("-"):
             with contextlib.suppress(OSError):
-                start = "/" if name[0] == "/" else os.readlink(PROC / str(tgid) / "cwd")
-                yield from _of_command(root, Path(start) / name)
+                start = "/" if name[0] == "/" else os.readlink(f"{PROC}/{tgid}/cwd")
+                yield Path(start) / name
 
 
 def _of_command(root: Path, command: Path) -> Iterator[Path]:
