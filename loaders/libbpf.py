@@ -302,8 +302,8 @@ class BpfObject:
         """
         self._lib.log.clear()
         if not has_kernel_function(OPTIONAL_FUNCTION):
-            # libbpf then looks for it in the kernel's modules. To list these takes CAP_SYS_ADMIN, and libbpf 1.1
-            # gives up where it is refused; but it asks only once: so have it ask for something else before.
+            # libbpf then looks for it in the kernel's modules. To list these takes CAP_SYS_ADMIN, and libbpf
+            # 1.1 gives up where it is refused; but it asks only once: so it asks for something else first.
             program = self._lib.next_program(self._object, None)
             self._lib.set_attach_target(program, 0, NO_FUNCTION)
             self._lib.log.clear()
