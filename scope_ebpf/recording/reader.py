@@ -77,8 +77,8 @@ def open_recording(path: str | os.PathLike[str], *, verify: bool = True) -> Reco
             }
             break
         except RecordingError:
-            # its recorder may be removing old segments at this moment
-            if attempt == _ATTEMPTS - 1 or meta.complete or not meta.has_quota:
+            # its recorder may be removing segments at this moment: old ones, or small ones
+            if attempt == _ATTEMPTS - 1 or meta.complete:
                 raise
     return Recording(absolute, meta, segments, verify=verify)
 
@@ -110,7 +110,7 @@ class Recording:
         """Use `open_recording`."""
         self.path = path
         self.meta = meta
-        self._segments = segments
+        self._segments = dict(segments)
         own = {table.name: schema_of(table.columns) for table in meta.own_tables}
         self._schemas: dict[str, pl.Schema] = {**own, **SCHEMAS}
         self._verify = verify
@@ -544,8 +544,9 @@ class Recording:
 
     def rows(self, name: str) -> int:
         """How many rows a table has on disk; only Parquet footers are read."""
+        segments = self._listed(name)
         if name not in self._rows:
-            self._rows[name] = count_rows(self._segments[name], self._schemas[name])
+            self._rows[name] = count_rows(segments, self._schemas[name])
         return self._rows[name]
 
     def size_bytes(self, name: str) -> int:
@@ -560,7 +561,7 @@ class Recording:
         Raises `FormatError` or `RecordingError`, which name the file and what to do.
         """
         for table in tables or self.tables:
-            segments = self._segments[table]
+            segments = self._listed(table)
             if verify:
                 verify_bytes(segments, complete=self.meta.complete)
             check_columns(segments, self._schemas[table])
@@ -582,9 +583,24 @@ class Recording:
             return frame.collect()
 
     def _stored(self, table: str) -> pl.LazyFrame:
+        segments = self._listed(table)
         if table not in self._checked:
             self.check(table, verify=self._verify)
-        return scan(self._segments[table], self._schemas[table])
+        return scan(segments, self._schemas[table])
+
+    def _listed(self, table: str) -> Sequence[Segment]:
+        """The segments of a table; for those that its recorder has merged meanwhile, the new ones."""
+        segments = self._segments[table]
+        if self.meta.complete or all(segment.file.exists() for segment in segments):
+            return segments
+        try:
+            found = list_segments(self.path / table, segments[0].number)
+        except RecordingError:  # reading them will say what is missing
+            return segments
+        self._segments[table] = [each for each in found if each.number <= segments[-1].last]
+        self._checked.discard(table)
+        self._rows.pop(table, None)
+        return self._segments[table]
 
     def thread_contexts(self) -> ThreadContexts | None:
         """The logical context of each thread at any time; None: no thread was in one."""

@@ -4,9 +4,11 @@ A recording is a directory NAME.scope with `meta.json` and one folder per table,
 segments `000001-9f3a12bc.parquet`, `000002-04c1d77e.parquet`, …: a number that counts up from 1
 without a gap, and the CRC-32 of the file's bytes, since Parquet readers do not notice most flipped
 bits. Each segment is written aside as `.NAME.part` and renamed when it is complete, so that
-whatever has its final name is whole, and says so. Segments follow each other in time; rows within a
-segment are sorted by their first column. All times are CLOCK_MONOTONIC nanoseconds of the recorded
-host (meta.json tells how to turn them into wall clock time).
+whatever has its final name is whole, and says so. `000001-000032-5d0e4f81.parquet` has the rows of
+segments 1 to 32 in their order, and stands for those of them that are still there. Segments follow
+each other in time; rows within a segment are sorted by their first column, but for one that stands
+for others. All times are CLOCK_MONOTONIC nanoseconds of the recorded host (meta.json tells how to
+turn them into wall clock time).
 """
 
 import re
@@ -262,6 +264,7 @@ SCHEMAS: dict[str, pl.Schema] = {
 }
 
 _SEGMENT_NAME = re.compile(r"([0-9]{6,9})-([0-9a-f]{8})\.parquet")
+_MERGED_NAME = re.compile(r"([0-9]{6,9})-([0-9]{6,9})-([0-9a-f]{8})\.parquet")
 
 
 def segment_name(number: int, crc32: int) -> str:
@@ -287,6 +290,34 @@ def parse_segment_name(name: str) -> tuple[int, int] | None:
     number, crc32 = int(match[1]), int(match[2], 16)
     # One number has one spelling: 0000001 would be a second segment 1.
     return (number, crc32) if number and segment_name(number, crc32) == name else None
+
+
+def merged_name(first: int, last: int, crc32: int) -> str:
+    """The file name of a segment that stands for those of the numbers `first` to `last`.
+
+    >>> merged_name(1, 32, 0x9F3A12BC)
+    '000001-000032-9f3a12bc.parquet'
+    """
+    return f"{first:06d}-{last:06d}-{crc32:08x}.parquet"
+
+
+def parse_merged_name(name: str) -> tuple[int, int, int] | None:
+    """First and last number and CRC-32 by such a file name; None if it is none.
+
+    >>> parse_merged_name("000001-000032-9f3a12bc.parquet")
+    (1, 32, 2671383228)
+    >>> parse_merged_name("000032-000001-9f3a12bc.parquet") is None
+    True
+    """
+    match = _MERGED_NAME.fullmatch(name)
+    if match is None:
+        return None
+    first, last, crc32 = int(match[1]), int(match[2]), int(match[3], 16)
+    return (
+        (first, last, crc32)
+        if 0 < first < last and merged_name(first, last, crc32) == name
+        else None
+    )
 
 
 def frame(table: str, columns: Mapping[str, Any]) -> pl.DataFrame:

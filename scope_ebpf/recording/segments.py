@@ -18,17 +18,18 @@ from typing import Final
 import polars as pl
 
 from scope_ebpf.errors import FormatError, RecordingError
-from scope_ebpf.recording.schema import parse_segment_name, segment_name
+from scope_ebpf.recording.schema import parse_merged_name, parse_segment_name, segment_name
 
 _CHUNK_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One Parquet file of a table."""
+    """One Parquet file of a table: the one of a number, or one that stands for those of several."""
 
     file: Path
     number: int
+    last: int
     crc32: int
     size_bytes: int
 
@@ -56,9 +57,10 @@ def reading(what: str) -> Iterator[None]:
 def list_segments(folder: Path, first: int = 1) -> list[Segment]:
     """The segments of a table in the order of their numbers; none if the folder is missing.
 
-    Those before number `first` were dropped: one that is still there does not count. Parts
-    (`.NAME.part`) and other hidden files are ignored. Raises `FormatError` for a Parquet file that is
-    not named like a segment, and `RecordingError` if a segment is missing or there twice.
+    Those before number `first` were dropped: one that is still there does not count, nor does one
+    that another stands for. Parts (`.NAME.part`) and other hidden files are ignored. Raises
+    `FormatError` for a Parquet file that is not named like a segment, and `RecordingError` if a
+    segment is missing or there twice.
     """
     segments = []
     with reading(str(folder)):
@@ -69,7 +71,8 @@ def list_segments(folder: Path, first: int = 1) -> list[Segment]:
         for entry in entries:
             if entry.name.startswith(".") or not entry.name.endswith(".parquet"):
                 continue
-            parsed = parse_segment_name(entry.name)
+            single = parse_segment_name(entry.name)
+            parsed = (single[0], *single) if single else parse_merged_name(entry.name)
             if parsed is None:
                 raise FormatError(
                     f"{entry.path} is not named like a segment, {segment_name(1, 0x9F3A12BC)}; "
@@ -79,17 +82,22 @@ def list_segments(folder: Path, first: int = 1) -> list[Segment]:
                 raise FormatError(f"{entry.path} is not a regular file; copy the recording again")
             if parsed[0] >= first:
                 segments.append(Segment(Path(entry.path), *parsed, entry.stat().st_size))
-    segments.sort(key=lambda segment: segment.number)
-    for expected, segment in enumerate(segments, start=first):
+    # of those that begin with the same number, the one that stands for most comes first
+    segments.sort(key=lambda segment: (segment.number, -segment.last))
+    chosen: list[Segment] = []
+    for segment in segments:
+        expected = chosen[-1].last + 1 if chosen else first
         if segment.number > expected:
             raise RecordingError(
                 f"segment {expected:06d} of {folder} is missing; copy the recording again"
             )
-        if segment.number < expected:
+        if segment.number == expected:
+            chosen.append(segment)
+        elif segment.last > chosen[-1].last or chosen[-1].number == chosen[-1].last:
             raise RecordingError(
                 f"segment {segment.number:06d} of {folder} is there twice; copy the recording again"
             )
-    return segments
+    return chosen
 
 
 def verify_bytes(segments: Sequence[Segment], *, complete: bool) -> None:

@@ -166,6 +166,7 @@ class Store:
         self._newest_bytes = max(self._writer.disk_bytes - before, self._newest_bytes // 2)
         self._keep_quota()
         if time.monotonic() >= self._next_meta and self._failed is None:
+            self._writer.remove_parts()
             self._writer.write_meta(self._lost_now(), self._recorder_use())
             self._next_meta = time.monotonic() + META_SECONDS
         if self._failed is not None and not failed_before:
@@ -181,6 +182,7 @@ class Store:
         failure = self._failed if self._failed is not None else failure
         if failure is not None:
             notes = (f"recording ended early: {str(failure) or type(failure).__name__}",)
+        self._writer.remove_parts(every=True)
         self._writer.release_reserve()
         self._writer.write_meta(
             self._lost_now(),

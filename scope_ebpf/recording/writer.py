@@ -4,7 +4,7 @@ import json
 import os
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
@@ -12,15 +12,19 @@ from pathlib import Path
 
 import polars as pl
 
-from scope_ebpf.errors import RecordingError
+from scope_ebpf.errors import RecordingError, ScopeError
 from scope_ebpf.recording.directory import DIRECTORY_MODE
+from scope_ebpf.recording.merging import Merged, Neighbours, merge
 from scope_ebpf.recording.meta import Meta, RecorderUse, TableCount, write_meta
-from scope_ebpf.recording.schema import SCHEMAS, segment_name
+from scope_ebpf.recording.schema import SCHEMAS, merged_name, segment_name
+from scope_ebpf.recording.segments import Segment
 
 FILE_MODE = 0o600
 # Room for the last meta.json, so that a full disk does not keep the counts from being written.
 RESERVE_FILE = ".reserve"
 RESERVE_BYTES = 1 << 16
+# Segments that another stands for stay so long, for readers that found them before.
+KEPT_SECONDS = 30.0
 
 
 # What a file takes on the disk, in blocks of most file systems.
@@ -34,9 +38,13 @@ class Chunk:
     began_ns: int
     began_at: float  # of time.monotonic()
     disk_bytes: int = 0
-    files: list[Path] = field(default_factory=list)
+    files: dict[Path, None] = field(default_factory=dict)
     rows: Counter[str] = field(default_factory=Counter)
     segments: Counter[str] = field(default_factory=Counter)
+    neighbours: defaultdict[str, Neighbours] = field(
+        default_factory=lambda: defaultdict(Neighbours)
+    )
+    merged: deque[Merged] = field(default_factory=deque)  # whose parts are still there
 
 
 class RecordingWriter:
@@ -87,35 +95,79 @@ class RecordingWriter:
         """
         if rows.is_empty():
             return
-        content = BytesIO()
-        # The smallest and largest payload tell nobody anything, and cost a fifth of the encoding.
-        rows.write_parquet(
-            content, compression="zstd", compression_level=1, statistics=table != "messages"
-        )
-        data = content.getbuffer()
         number = self._numbers[table] + 1
-        name = segment_name(number, zlib.crc32(data))
-        folder = self.path / table
-        part = folder / f".{name}.part"
         try:
-            with open(part, "xb", opener=_private) as stream:
-                stream.write(data)
-            part.rename(folder / name)
+            segment = self._put(table, rows, number, number)
         except OSError as error:
-            with suppress(OSError):
-                part.unlink()
             raise RecordingError(
                 f"cannot write to {self.path}: {error.strerror};"
                 " what was recorded until then is in it, unless it was removed"
             ) from error
         self._numbers[table] = number
         self.rows[table] += len(rows)
-        self.bytes_on_disk += len(data)
         chunk = self.chunks[-1]
-        chunk.files.append(folder / name)
-        chunk.disk_bytes += -(-len(data) // BLOCK_BYTES) * BLOCK_BYTES
         chunk.rows[table] += len(rows)
         chunk.segments[table] += 1
+        self._merge(table, segment)
+
+    def _put(self, table: str, rows: pl.DataFrame, first: int, last: int) -> Segment:
+        """Write a segment for these numbers; an OSError leaves everything as it was."""
+        content = BytesIO()
+        # The smallest and largest payload tell nobody anything, and cost a fifth of the encoding.
+        rows.write_parquet(
+            content, compression="zstd", compression_level=1, statistics=table != "messages"
+        )
+        data = content.getbuffer()
+        crc32 = zlib.crc32(data)
+        name = segment_name(first, crc32) if first == last else merged_name(first, last, crc32)
+        folder = self.path / table
+        part = folder / f".{name}.part"
+        try:
+            with open(part, "xb", opener=_private) as stream:
+                stream.write(data)
+            part.rename(folder / name)
+        except OSError:
+            with suppress(OSError):
+                part.unlink()
+            raise
+        self.bytes_on_disk += len(data)
+        chunk = self.chunks[-1]
+        chunk.files[folder / name] = None
+        chunk.disk_bytes += _blocks(len(data))
+        return Segment(folder / name, first, last, crc32, len(data))
+
+    def _merge(self, table: str, segment: Segment, level: int = 0) -> None:
+        """Make one segment of those that now should be one; if that fails, they stay as they are."""
+        chunk = self.chunks[-1]
+        parts = chunk.neighbours[table].add(segment, level)
+        if not parts:
+            return
+        try:
+            merged = self._put(table, merge(parts), parts[0].number, parts[-1].last)
+        except (OSError, ScopeError):
+            chunk.neighbours[table].part(level)
+            return
+        chunk.merged.append(Merged(merged, parts, time.monotonic() + KEPT_SECONDS))
+        self._merge(table, merged, level + 1)
+
+    def remove_parts(self, *, every: bool = False) -> None:
+        """Remove segments that another stands for: since a while, or `every` one.
+
+        What cannot be removed stays; readers pass over it.
+        """
+        for chunk in self.chunks:
+            while chunk.merged and (every or chunk.merged[0].due <= time.monotonic()):
+                merged = chunk.merged.popleft()
+                try:
+                    _flush(merged.segment.file)
+                except OSError:  # the disk fails: then its parts are the only ones that are sure
+                    continue
+                for part in merged.parts:
+                    with suppress(OSError):
+                        part.file.unlink()
+                        self.bytes_on_disk -= part.size_bytes
+                        chunk.disk_bytes -= _blocks(part.size_bytes)
+                        del chunk.files[part.file]
 
     @property
     def disk_bytes(self) -> int:
@@ -207,6 +259,20 @@ class RecordingWriter:
             raise RecordingError(
                 f"cannot create {folder}: {error.strerror}; choose another place with -o"
             ) from error
+
+
+def _blocks(size_bytes: int) -> int:
+    """What a file of this size takes on the disk."""
+    return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def _flush(file: Path) -> None:
+    """Wait until a file would survive a power cut; its name is written before what is removed after it."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _private(path: str, flags: int) -> int:
