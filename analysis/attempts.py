@@ -95,6 +95,8 @@ def _came_to_nothing(recording: Recording, attempts: pl.DataFrame) -> pl.DataFra
             | ((pl.col("error") == "EAGAIN") & ~pl.col("kind").is_in(_INTERNET))
         )
         & (pl.col("inode") != 0)
+        # through io_uring: who asked is told what came of it, in no call that is recorded
+        & pl.col("fd").is_not_null()
     )
     families = recording.meta.families
     if waiting.is_empty() or "syscalls" not in families or "messages" not in families:

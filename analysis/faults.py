@@ -119,7 +119,8 @@ def refused_connects(
             error="reason",
             state=pl.lit("no_response"),
             # tells apart what began in the same moment
-            begin=pl.col("inode") * 2**16 + pl.col("fd").clip(0, 2**16 - 1).cast(pl.UInt64),
+            begin=pl.col("inode") * 2**16
+            + pl.col("fd").fill_null(2**16 - 1).clip(0, 2**16 - 1).cast(pl.UInt64),
         ),
         first_row=len(drafts),
     )

@@ -136,7 +136,8 @@ class BccObject:
             for name, table in STAGES.items():
                 self._set(table, c.c_int(0), c.c_int(self._load_stage(name).fd))
         for number, value in enumerate(self._message_classes):
-            if value:
+            # io_uring is met for the sake of programs that BCC does not have
+            if value not in (0, records.MessageClass.MESSAGE_RING):
                 self._set("message_class_table", c.c_uint32(number), c.c_uint8(value))
         cpus = self._sizes["cpus"]
         states = array_in(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scope_ebpf import records
 from scope_ebpf.errors import FormatError, LoadError, UsageError
 from scope_ebpf.families import FAMILIES
-from scope_ebpf.loaders import hits, tls
+from scope_ebpf.loaders import extras, hits, tls
 from scope_ebpf.loaders.cgroups import absence, descendants, mount_point
 from scope_ebpf.loaders.choice import choose_loader
 from scope_ebpf.loaders.hit_families import HIT_FAMILIES, add_family
@@ -104,6 +104,7 @@ MESSAGE_CALLS = {
     "connect": _C.MESSAGE_BIRTH_FIRST,
     **dict.fromkeys(("pipe", "pipe2"), _C.MESSAGE_BIRTH_PAIR),
     "socketpair": _C.MESSAGE_BIRTH_FOURTH,
+    **dict.fromkeys(("io_uring_setup", "io_uring_enter"), _C.MESSAGE_RING),
 }
 
 
@@ -220,6 +221,7 @@ class Capture:
                 raise UsageError(
                     "--loader bcc brings its records out through rings only; leave --transport perf away"
                 )
+        self._rings: extras.RingWatch | None = None
         wanted = sorted(set(HIT_FAMILIES) & set(options.families))
         self._places_are_told = not (options.probes or wanted) or has_cookies()
         if not self._places_are_told:
@@ -266,6 +268,8 @@ class Capture:
 
     def close(self) -> None:
         """Detach and unload; may be called again."""
+        if self._rings is not None:
+            self._rings.close()
         self._object.close()
         self._transport.close()
 
@@ -330,6 +334,8 @@ class Capture:
             long_wait_ns=options.long_wait_ns,
             futex_number=number_of("futex"),
             munmap_number=number_of("munmap"),
+            ring_number=number_of("io_uring_enter"),
+            aio_number=number_of("io_submit"),
         )
         self._object.resize("cpus", self.cpus)
         self._transport.prepare(
@@ -344,6 +350,7 @@ class Capture:
         if not options.calls:
             for name in ("open_calls", "unwound_calls", "call_watches"):
                 self._object.resize(name, 1)
+        self._object.resize("transfers", 1)  # extras.RingWatch makes its own
         self._object.load()
         self._map_rings()
         self._pythons = (
@@ -364,6 +371,10 @@ class Capture:
         self._tls_wanted = self._shared["tls_wanted"]
         self._hits_wanted = self._shared["hits_wanted"]
         self._calls_wanted = self._shared["calls_wanted"]
+        if self.loader == "libbpf" and "messages" in self.options.families:
+            self._rings = extras.RingWatch(
+                self._object, self._shared, self.cpus, self.options.payload_bytes
+            )
         self.hot, self.wide = self._transport.open(self._states)
 
     def start(self) -> Records:
@@ -420,6 +431,9 @@ class Capture:
         if self._records_calls():
             self._object.attach(*CALL_PROGRAMS)
             self._entries_seen[0] = 1
+        if self._rings is not None:
+            # connections are met later: what moves from now on is counted
+            self.notes += self._rings.watch(from_the_start=True)
         self._look_up_running()
         self._meet_connections()
         return np.concatenate(marked)
@@ -517,6 +531,19 @@ class Capture:
                 self.notes.append(f"the probes of {path} are not used: {error}")
         self._hits_wanted[0] = 1
 
+    def prepare_rings(self) -> None:
+        """Load what is attached by watch_rings(), while there is the privilege for that; never raises."""
+        if self._rings is not None:
+            self._rings.prepare()
+
+    def watch_rings(self) -> list[str]:
+        """Attach what sees messages through io_uring, once a recorded thread is seen to have one.
+
+        Returns:
+            A sentence for the recording about what is seen of them from now on; else nothing.
+        """
+        return [] if self._rings is None else self._rings.watch()
+
     def mark_tasks(self) -> Records:
         """Take up every running thread that belongs to the targets; returns MARKED_TASK records."""
         marked = self._mark()
@@ -587,6 +614,8 @@ class Capture:
         """
         # detaching uprobes takes a tenth of a second for each, while the rings would fill: close() does it
         self._tls_wanted[0] = self._hits_wanted[0] = self._calls_wanted[0] = 0
+        if self._rings is not None:
+            self._rings.stop()
         if self._pythons is not None:
             self._pythons.stop()
         self._object.detach("on_sys_enter")

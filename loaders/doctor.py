@@ -4,6 +4,7 @@ For each family of probes a small process is started and recorded, and what it d
 Nothing else is recorded, and nothing stays loaded.
 """
 
+import ctypes
 import os
 import platform
 import resource
@@ -14,8 +15,13 @@ from pathlib import Path
 
 from scope_ebpf.errors import FormatError, ScopeError
 from scope_ebpf.families import FAMILIES
-from scope_ebpf.loaders import bcc, cgroups, privileges, tls
-from scope_ebpf.loaders.capture import HOT_BYTES_IN_ALL, WIDE_BYTES_IN_ALL, check_layout
+from scope_ebpf.loaders import bcc, cgroups, extras, privileges, tls
+from scope_ebpf.loaders.capture import (
+    HOT_BYTES_IN_ALL,
+    WIDE_BYTES_IN_ALL,
+    check_layout,
+    number_of,
+)
 from scope_ebpf.loaders.libbpf import BpfObject, library
 from scope_ebpf.loaders.python.calls import try_breakpoint
 from scope_ebpf.loaders.python.checks import InterpreterReport, report_file, report_process
@@ -23,7 +29,7 @@ from scope_ebpf.loaders.python.files import interpreters_in_path
 from scope_ebpf.loaders.python.interpreters import NotReady, Unsupported
 from scope_ebpf.loaders.targets import INITIAL_PID_NAMESPACE, find_target
 from scope_ebpf.loaders.transport import OBJECT, PERF_OBJECT
-from scope_ebpf.loaders.trial import AT_LEAST, TIMES, record_workload
+from scope_ebpf.loaders.trial import AT_LEAST, RINGS, TIMES, record_workload
 
 # include/linux/proc_ns.h: the inodes of the namespaces that the kernel boots with.
 INITIAL_USER_NAMESPACE = 0xEFFFFFFD
@@ -96,6 +102,7 @@ def examine(*tgids: int) -> list[Check]:
     checks += [check_family(family, obstacle) for family in FAMILIES]
     checks += [tell_transport(name, obstacle) for name in ("rings", "perf")]
     checks += [
+        check_rings(obstacle),
         tell_lockdown(),
         tell_cgroups(),
         tell_breakpoints(),
@@ -292,6 +299,55 @@ def tell_transport(transport: str, obstacle: Check | None = None) -> Check:
     """Whether records come out of the kernel through `rings` or `perf`; one of them is enough."""
     check = check_family("syscalls", obstacle, transport)
     return replace(check, name=f"transport {transport}", works=check.works or None, family=False)
+
+
+# ---- extras ----
+
+
+def check_rings(obstacle: Check | None = None) -> Check:
+    """Record messages that go through io_uring, in the way that is chosen for that, and count.
+
+    Args:
+        obstacle: as for check_family().
+    """
+    name = "extra io_uring"
+    if obstacle is not None:
+        return Check(name, None, "not tried", f"{obstacle.name}: {obstacle.detail}")
+    if refusal := rings_refused():
+        return Check(name, None, "no process like this one can use it", refusal)
+    way = extras.choose()
+    fact, _, reasons = way.told().removeprefix("messages through io_uring: ").partition(" (")
+    reasons = reasons.removesuffix(")")
+    if not way.name:
+        fact, _, reasons = way.told().removeprefix("messages through io_uring: ").partition(": ")
+        return Check(name, None, f"messages are {fact}", reasons)
+    try:
+        found = record_workload(RINGS)
+    except (ScopeError, OSError, subprocess.SubprocessError) as error:
+        return Check(name, False, "cannot record messages through it", str(error))
+    if found != TIMES:
+        return Check(
+            name,
+            False,
+            f"recorded {found} of {TIMES} messages, by {way.name}",
+            "the probes are attached, but do not see everything on this kernel",
+            "report it as a bug, with the output of `scope-ebpf doctor --json`",
+        )
+    return Check(name, True, f"recorded {found} of {TIMES} messages; they are {fact}", reasons)
+
+
+def rings_refused() -> str:
+    """Why this process may not make an io_uring; empty if it may."""
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    ring = int(call(number_of("io_uring_setup"), 1, ctypes.create_string_buffer(120)))
+    if ring < 0:
+        number = ctypes.get_errno()
+        setting = _read(Path("/proc/sys/kernel/io_uring_disabled"))
+        return os.strerror(number) + (
+            f"; kernel.io_uring_disabled is {setting}" if setting not in {None, "0"} else ""
+        )
+    os.close(ring)
+    return ""
 
 
 # ---- interpreters ----

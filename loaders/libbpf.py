@@ -10,7 +10,7 @@ import mmap
 import os
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +22,6 @@ from scope_ebpf.loaders.elf import ElfObject
 from scope_ebpf.loaders.perf import open_cpu_clock
 
 # A function of newer kernels (6.2) that the probes do without: see probes/kernel.h.
-OPTIONAL_FUNCTION = "bpf_rdonly_cast"
 NO_FUNCTION = b"scope_ebpf has no such function"
 LOG_LINES = 400
 CLOSING_THREADS = 16
@@ -118,6 +117,7 @@ class _Library:
         self.version = function("libbpf_version_string", text)
         self.open_file = function("bpf_object__open_file", pointer, text, pointer)
         self.load = function("bpf_object__load", number, pointer)
+        self.next_btf = function("bpf_btf_get_next_id", number, c.c_uint32, pointer)
         self.close = function("bpf_object__close", None, pointer)
         self.next_program = function("bpf_object__next_program", pointer, pointer, pointer)
         self.program_name = function("bpf_program__name", text, pointer)
@@ -134,6 +134,9 @@ class _Library:
         self.attach_uprobe = function(
             "bpf_program__attach_uprobe_opts", pointer, pointer, number, text, size, pointer
         )
+        self.attach_kprobe = function(
+            "bpf_program__attach_kprobe", pointer, pointer, c.c_bool, text
+        )
         self.attach_perf_event = function(
             "bpf_program__attach_perf_event", pointer, pointer, number
         )
@@ -141,7 +144,10 @@ class _Library:
         self.link_fd = function("bpf_link__fd", number, pointer)
         self.iterate = function("bpf_iter_create", number, number)
         self.find_map = function("bpf_object__find_map_by_name", pointer, pointer, text)
+        self.next_map = function("bpf_object__next_map", pointer, pointer, pointer)
+        self.map_name = function("bpf_map__name", text, pointer)
         self.map_fd = function("bpf_map__fd", number, pointer)
+        self.reuse_map = function("bpf_map__reuse_fd", number, pointer, number)
         self.set_max_entries = function("bpf_map__set_max_entries", number, pointer, c.c_uint32)
         self.set_value_size = function("bpf_map__set_value_size", number, pointer, c.c_uint32)
         self.initial_value = function("bpf_map__initial_value", pointer, pointer, c.POINTER(size))
@@ -154,6 +160,7 @@ class _Library:
         self.btf_free = function("btf__free", None, pointer)
         self.btf_find = function("btf__find_by_name_kind", number, pointer, text, c.c_uint32)
         self.btf_type = function("btf__type_by_id", pointer, pointer, c.c_uint32)
+        self.btf_name = function("btf__name_by_offset", text, pointer, c.c_uint32)
         self._callback = PRINT_CALLBACK(self._print)
         self.set_print(self._callback)
 
@@ -300,14 +307,39 @@ class BpfObject:
         Raises:
             LoadError: with the kernel's reason.
         """
+        self._pass_over_modules()
         self._lib.log.clear()
-        if not has_kernel_function(OPTIONAL_FUNCTION):
-            # libbpf then looks for it in the kernel's modules. To list these takes CAP_SYS_ADMIN, and libbpf
-            # 1.1 gives up where it is refused; but it asks only once: so it asks for something else first.
-            program = self._lib.next_program(self._object, None)
-            self._lib.set_attach_target(program, 0, NO_FUNCTION)
-            self._lib.log.clear()
         self._check(self._lib.load(self._object), f"load {self.path.name}")
+
+    def share_maps(self, loaded: "BpfObject", *apart: str) -> None:
+        """Take the maps of another object of the same file that is loaded, before load().
+
+        Args:
+            loaded: the other object.
+            apart: maps that this object makes for itself.
+
+        Raises:
+            LoadError: with the kernel's reason.
+        """
+        mine, theirs = None, None
+        while mine := self._lib.next_map(self._object, mine):
+            theirs = self._lib.next_map(loaded._object, theirs)
+            name = self._lib.map_name(mine).decode()
+            if name not in apart:
+                result = self._lib.reuse_map(mine, self._lib.map_fd(theirs))
+                self._check(result, f"share the map {name}")
+
+    def _pass_over_modules(self) -> None:
+        """Have libbpf look for types in the kernel itself only, if those of modules may not be read.
+
+        Only CAP_SYS_ADMIN may list them. libbpf wants to for whatever the kernel itself lacks, such as a
+        struct or function of newer kernels that the programs can do without, and before libbpf 1.3 (commit
+        3f33f9a6b8f7) the whole object is refused if it may not. It tries once per object: here, where a
+        failure means nothing.
+        """
+        if self._lib.next_btf(0, c.byref(c.c_uint32())) == -errno.EPERM:
+            any_program = self._lib.next_program(self._object, None)
+            self._lib.set_attach_target(any_program, 0, NO_FUNCTION)
 
     def attach(self, *names: str) -> None:
         """Attach programs where their sections say.
@@ -363,6 +395,18 @@ class BpfObject:
                 self._check(-c.get_errno(), action)
             self._links[f"{name} {path} {place.offset} {place.cookie} {at_return}"] = link
 
+    def attach_kprobe(self, name: str, function: str, *, at_return: bool) -> None:
+        """Attach a program to a function of the kernel, besides where it is attached already.
+
+        Raises:
+            LoadError: with the kernel's reason.
+        """
+        self._lib.log.clear()
+        link = self._lib.attach_kprobe(self._program(name), at_return, function.encode())
+        if not link:
+            self._check(-c.get_errno(), f"attach {name} to {function}")
+        self._links[f"{name} {function}"] = link
+
     def attach_clock(self, name: str, frequency_hz: int) -> None:
         """Run a program so many times a second of CPU time on each CPU that is online; until close().
 
@@ -403,6 +447,11 @@ class BpfObject:
             link = self._links.pop(name, None)
             if link:
                 self._lib.link_destroy(link)
+
+    def detach_all(self, names: Iterable[str]) -> None:
+        """Detach programs wherever they are attached."""
+        chosen = set(names)
+        self.detach(*[link for link in self._links if link.split(" ")[0] in chosen])
 
     def iterate(self, name: str) -> bytes:
         """Run an attached iterator once and return all that it wrote."""
@@ -514,26 +563,11 @@ def has_cookies() -> bool:
     return has_kernel_struct("bpf_perf_link")
 
 
+@functools.cache
 def has_kernel_struct(name: str) -> bool:
     """Whether the running kernel's BTF has a struct."""
-    return _has_kernel_type(name, 4)  # BTF_KIND_STRUCT
-
-
-def has_kernel_function(name: str) -> bool:
-    """Whether the running kernel's BTF, without that of its modules, has a function."""
-    return _has_kernel_type(name, 12)  # BTF_KIND_FUNC
-
-
-@functools.cache
-def _has_kernel_type(name: str, kind: int) -> bool:
-    lib = library()
-    btf = lib.kernel_btf()
-    if not btf:
-        return False
-    try:
-        return int(lib.btf_find(btf, name.encode(), kind)) > 0
-    finally:
-        lib.btf_free(btf)
+    with KernelTypes() as types:
+        return types.has_struct(name)
 
 
 def _multi_uprobe(program_fd: int, path: Path, places: Sequence[Uprobe], at_return: bool) -> int:
@@ -561,6 +595,53 @@ def bpf(command: int, attributes: "c.Array[c.c_char]") -> int:
     call.restype, call.argtypes = c.c_long, [c.c_long, c.c_int, c.c_void_p, c.c_uint]
     result = int(call(number, command, attributes, len(attributes)))
     return result if result >= 0 else -c.get_errno()
+
+
+class KernelTypes:
+    """The running kernel's own types and functions, without its modules'; a context manager."""
+
+    def __init__(self) -> None:
+        """Read them; without BTF there are none."""
+        self._lib = library()
+        self._btf = self._lib.kernel_btf()
+
+    def __enter__(self) -> "KernelTypes":
+        """The types themselves."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the memory back."""
+        if self._btf:
+            self._lib.btf_free(self._btf)
+            self._btf = None
+
+    def has_function(self, name: str) -> bool:
+        """Whether there is such a function."""
+        return self._find(name, 12) > 0  # BTF_KIND_FUNC
+
+    def has_struct(self, name: str) -> bool:
+        """Whether there is such a struct."""
+        return self._find(name, 4) > 0  # BTF_KIND_STRUCT
+
+    def offset(self, struct_name: str, member: str) -> int | None:
+        """How many bytes into a struct a member lies; None if there is none, or it is a bit field."""
+        number = self._find(struct_name, 4)
+        if number <= 0:
+            return None
+        address = self._lib.btf_type(self._btf, number)
+        _, info, _ = c.cast(address, c.POINTER(c.c_uint32 * 3)).contents
+        count = info & 0xFFFF
+        members = c.cast(address + 12, c.POINTER(c.c_uint32 * (3 * count))).contents
+        for place in range(count):
+            name, _, bits = members[3 * place : 3 * place + 3]
+            # of a struct with bit fields the upper byte is their size
+            size, bits = (bits >> 24, bits & 0xFFFFFF) if info >> 31 else (0, bits)
+            if self._lib.btf_name(self._btf, name) == member.encode() and not size:
+                return int(bits // 8)
+        return None
+
+    def _find(self, name: str, kind: int) -> int:
+        return int(self._lib.btf_find(self._btf, name.encode(), kind)) if self._btf else 0
 
 
 @functools.cache

@@ -9,7 +9,9 @@ from typing import IO
 
 import numpy as np
 
-from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions
+from scope_ebpf.errors import LoadError
+from scope_ebpf.loaders import extras
+from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions, number_of
 from scope_ebpf.records import (
     CALL,
     MESSAGE,
@@ -19,6 +21,7 @@ from scope_ebpf.records import (
     ProcessEvent,
     RecordFlags,
     RecordKind,
+    RecordLimits,
     SampleReason,
 )
 from scope_ebpf.syscalls import syscall_names
@@ -92,7 +95,30 @@ for _ in range({TIMES}):
         time.sleep({SLEEP_NS / 1e9})
 done.append(True)
 """
+# Messages over a pair of sockets that go through io_uring: a queue as long as there are messages, whose
+# completions are counted, not taken. Numbers and offsets: include/uapi/linux/io_uring.h.
+RING_WORKLOAD = f"""
+import ctypes, mmap, os, socket, struct
+call = ctypes.CDLL(None, use_errno=True).syscall
+parameters = ctypes.create_string_buffer(120)
+ring = call({{setup}}, 32, parameters)
+tail, array = struct.unpack_from("<4xI16xI", parameters.raw, 40)
+queue = mmap.mmap(ring, array + 4 * 32, offset=0)
+entries = mmap.mmap(ring, 64 * 32, offset=0x10000000)
+ends = socket.socketpair()
+text = ctypes.create_string_buffer(b"x")
+send = 26
+os.write(1, b"r")
+os.read(0, 1)
+for n in range({TIMES}):
+    entry = struct.pack("<BBHiQQI", send, 0, 0, ends[0].fileno(), 0, ctypes.addressof(text), 1)
+    entries[64 * n:64 * n + 64] = entry.ljust(64, b"\\0")
+    struct.pack_into("<I", queue, array + 4 * n, n)
+    struct.pack_into("<I", queue, tail, n + 1)
+    call({{enter}}, ring, 1, n + 1, 1, 0, 0)
+"""
 WORKLOADS = {"tls": TLS_WORKLOAD, "contexts": CONTEXT_WORKLOAD, "gil": GIL_WORKLOAD}
+RINGS = "rings"  # not a family: messages that are sent through io_uring
 # A busy host adds waits.
 AT_LEAST = frozenset({"offcpu", "samples", "gil"})
 
@@ -100,13 +126,20 @@ AT_LEAST = frozenset({"offcpu", "samples", "gil"})
 def record_workload(family: str, transport: str = "auto") -> int:
     """Record a workload with one family of probes; returns how many of its events were seen.
 
+    Instead of a family it may be RINGS.
+
     Raises:
         ScopeError: the kernel refuses the probes, with the reason.
     """
-    with workload(WORKLOADS.get(family, WORKLOAD)) as (process, begin):
+    program = WORKLOADS.get(family, WORKLOAD)
+    if family == RINGS:
+        program = RING_WORKLOAD.format(
+            setup=number_of("io_uring_setup"), enter=number_of("io_uring_enter")
+        )
+    with workload(program) as (process, begin):
         options = CaptureOptions(
             tgids=(process.pid,),
-            families=(family,),
+            families=("messages" if family == RINGS else family,),
             follow=False,
             long_wait_ns=AT_LEAST_NS,
             transport=transport,
@@ -116,7 +149,11 @@ def record_workload(family: str, transport: str = "auto") -> int:
             begin()
             process.wait(timeout=10)
             capture.stop()
-            return count_events(family, capture.drain())
+            found = count_events(family, capture.drain())
+            reasons = [note for note in capture.notes if not note.startswith(extras.SEEN)]
+            if not found and reasons:
+                raise LoadError("; ".join(reasons))
+            return found
 
 
 @contextmanager
@@ -170,6 +207,10 @@ def count_events(family: str, batch: Batch) -> int:
         names = syscall_names(platform.machine())
         getppid = [number for number, name in names.items() if name == "getppid"]
         chosen = (calls["kind"] == RecordKind.RECORD_CALL) & np.isin(calls["number"], getppid)
+    elif family == RINGS:
+        chosen = (messages["kind"] == RecordKind.RECORD_MESSAGE) & (
+            messages["fd"] == RecordLimits.NO_DESCRIPTOR
+        )
     elif family == "messages":
         received = messages["flags"] & RecordFlags.FLAG_RECEIVE != 0
         chosen = (messages["kind"] == RecordKind.RECORD_MESSAGE) & ~received

@@ -11,5 +11,6 @@
 #include "tls.h"
 #include "hits.h"
 #include "calls.h"
+#include "sockets.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -29,6 +29,8 @@ enum record_limits {
 	NO_SYSCALL = 0xffff,
 	/* set in `number` of a 32-bit call on a 64-bit kernel: the number is from the other table */
 	COMPAT_SYSCALL = 0x8000,
+	/* in `fd` of a message: it was not moved by way of a descriptor */
+	NO_DESCRIPTOR = 0xffffffff,
 };
 
 /* What a slot holds. */
@@ -123,6 +125,7 @@ enum message_class {
 	MESSAGE_BIRTH_FIRST = 33,  /* the first argument */
 	MESSAGE_BIRTH_PAIR = 34,   /* two, where the first argument points to */
 	MESSAGE_BIRTH_FOURTH = 35, /* two, where the fourth argument points to */
+	MESSAGE_RING = 36,	   /* a call that makes or enters an io_uring, see sockets.h */
 };
 
 /* One completed system call. 64 bytes, one cache line. */

@@ -153,12 +153,12 @@ struct pt_regs {
 #define COMPAT_ARG1(regs) ((__u32)(regs)->regs[1])
 #define COMPAT_ARG2(regs) ((__u32)(regs)->regs[2])
 #define TIF_32BIT_MASK (1UL << 22)
-#define FUNCTION_ARG0(regs) ((regs)->regs[0])
-#define FUNCTION_ARG1(regs) ((regs)->regs[1])
-#define FUNCTION_ARG2(regs) ((regs)->regs[2])
-#define FUNCTION_ARG3(regs) ((regs)->regs[3])
-#define FUNCTION_ARG4(regs) ((regs)->regs[4])
-#define FUNCTION_RESULT(regs) ((regs)->regs[0])
+#define FUNCTION_ARG0(registers) ((registers)->regs[0])
+#define FUNCTION_ARG1(registers) ((registers)->regs[1])
+#define FUNCTION_ARG2(registers) ((registers)->regs[2])
+#define FUNCTION_ARG3(registers) ((registers)->regs[3])
+#define FUNCTION_ARG4(registers) ((registers)->regs[4])
+#define FUNCTION_RESULT(registers) ((registers)->regs[0])
 #define TICK_INSTRUCTION(words) ((words)[32])
 #define TICK_IN_USER_MODE(words) (((words)[33] & 15) == 0) /* pstate */
 #define STACK_POINTER(regs) ((regs)->sp)
@@ -263,6 +263,13 @@ struct task_struct {
 	struct files_struct *files;
 	struct signal_struct *signal;
 	struct css_set *cgroups;
+	void *io_uring; /* set when it makes or enters one */
+	void *worker_private; /* of a worker of io_uring: its struct io_worker */
+} KERNEL_TYPE;
+
+/* worker_private by its name before 5.17 (commit e32cf5dfbe22). */
+struct task_struct___before_5_17 {
+	void *pf_io_worker;
 } KERNEL_TYPE;
 
 /* __state was `volatile long state` before 5.14 (commit 2f064a59a11f). */
@@ -396,6 +403,38 @@ struct pipe_inode_info {
 	unsigned int tail;
 	unsigned int ring_size;
 	struct pipe_buffer *bufs;
+} KERNEL_TYPE;
+
+/* What a transfer is told of where the bytes are: user space's memory in one piece, in several, or else. */
+enum iter_type {
+	ITER_UBUF, /* since 6.0 (commit fcb14cb1bdac) */
+	ITER_IOVEC,
+};
+
+struct iov_iter {
+	__u8 iter_type;
+	unsigned long iov_offset;
+	const void *__iov;
+	void *ubuf;
+	unsigned long count;
+	unsigned long nr_segs;
+} KERNEL_TYPE;
+
+struct iov_iter___before_5_14 {
+	unsigned int type;
+} KERNEL_TYPE;
+
+struct iov_iter___before_6_4 {
+	const void *iov;
+} KERNEL_TYPE;
+
+struct msghdr {
+	struct iov_iter msg_iter;
+	unsigned int msg_flags;
+} KERNEL_TYPE;
+
+struct kiocb {
+	struct file *ki_filp;
 } KERNEL_TYPE;
 
 /* head and tail moved into a union of 16- or 32-bit halves in 6.14; both names stay visible in BTF. */

@@ -4,7 +4,7 @@
  *
  * Sees:   what moved, over which connection, which bytes of the stream, and the head of the payload at
  *         each turn. How bytes are counted: endpoints.h; what is kept of them: payloads.h.
- * Misses: io_uring, 32-bit calls, tee(), TCP's urgent bytes, sockets used by the kernel itself, kernel
+ * Misses: io_uring (but see sockets.h), 32-bit calls, tee(), TCP's urgent bytes, sockets used by the kernel itself, kernel
  *         TLS's and MPTCP's byte ranges (marked inexact), the peers of unconnected datagrams. Two threads
  *         that write to one stream in the same instant may have their ranges swapped.
  * Costs:  30 ns on top of the call's own record, 75 ns with a payload head (kernels before 6.2: 350 and
@@ -141,37 +141,82 @@ static __always_inline void meet_ends(struct cpu_state *cpu, __u8 class, struct 
 	}
 	cpu->reserved2[HANDED_FRESH] = idle ? 0 : met;
 }
+#else
+/* What is known of recorded threads' io_urings: then user space attaches the programs of sockets.h. */
+enum {
+	RING_MET = 1,
+	RING_USED = 2, /* something may have moved before these were attached */
+};
+
+enum {
+	SETUP_SQPOLL = 2, /* IORING_SETUP_SQPOLL in the `flags` of struct io_uring_params */
+	PARAMETERS_FLAGS = 8, /* where these are in it */
+};
+
+__u32 rings_met = 0;
+/* Set by user space from when all of these programs are attached up to the end of the recording. */
+__u32 transfers_wanted = 0;
+/* When that was, if it was later than the beginning. */
+__u64 transfers_since = 0;
+const volatile __u32 ring_number = 0; /* of io_uring_enter */
+
+/* A call that makes or enters an io_uring has returned. */
+static __always_inline void meet_ring(struct flight *flight)
+{
+	__u32 flags = 0;
+
+	if (rings_met == RING_USED || (transfers_wanted && flight->start_ns >= transfers_since))
+		return;
+	rings_met = flight->number == ring_number ? RING_USED : rings_met ?: RING_MET;
+	if (rings_met == RING_MET &&
+	    !bpf_probe_read_user(&flags, sizeof(flags), (void *)(flight->arg1 + PARAMETERS_FLAGS)) &&
+	    flags & SETUP_SQPOLL)
+		rings_met = RING_USED; /* it needs no call to be used */
+}
+
+/* An end whose bytes are counted may have moved some that were not seen: then nothing is told of its position. */
+static __always_inline void doubt(struct target_end *end, struct endpoint *known)
+{
+	struct endpoint *peer;
+	__u64 peer_key;
+
+	if (rings_met != RING_USED || known->inexact || known->kind == ENDPOINT_TCP ||
+	    known->sent_measured_ns >= transfers_since)
+		return;
+	known->inexact = 1;
+	if (known->kind != ENDPOINT_UNIX)
+		return;
+	peer_key = unix_peer(end->key);
+	peer = bpf_map_lookup_elem(&endpoints, &peer_key);
+	if (peer)
+		peer->inexact = 1;
+}
+
+static __always_inline int write_pieces(struct cpu_state *cpu, __u64 hot_index, __u32 length,
+					struct transfer *transfer);
 #endif
 
-/*
- * One row of messages for one descriptor of the call in flight. Returns whether a record was written or
- * counted as lost.
- */
-__noinline int write_end(OF_CPU __u32 fd, __u32 length, __u64 duration_ns,
-				 __u32 flags_and_class)
+/* One row of messages for one end. Returns whether a record was written or counted as lost. */
+static __always_inline int write_moved(struct cpu_state *cpu, struct target_end *end, struct mover *mover,
+				       __u32 length, __u64 duration_ns, __u32 flags_and_class)
 {
-	FIND_CPU();
-	struct task_struct *task = CURRENT_TASK();
 	bool receive = flags_and_class & FLAG_RECEIVE, fresh = false;
 	__u8 shape = flags_and_class >> 16;
-	struct target_end end;
 	struct message *message;
 	struct endpoint *known;
 	__u64 index, stream_end, start_ns;
 	__u8 flags = flags_and_class;
 
-	if (!cpu || !resolve(task, fd, &end))
-		return false;
-	known = bpf_map_lookup_elem(&endpoints, &end.key);
+	known = bpf_map_lookup_elem(&endpoints, &end->key);
 #ifdef SCOPE_BCC
 	fresh = cpu->reserved2[HANDED_FRESH] & (receive ? 1 : 2);
-	if (known && !is_current(&end, known))
+	if (known && !is_current(end, known))
 		known = NULL;
 #endif
-	if (!known || !is_current(&end, known)) {
+	if (!known || !is_current(end, known)) {
 #ifndef SCOPE_BCC
-		fresh = meet(&end, false);
-		known = bpf_map_lookup_elem(&endpoints, &end.key);
+		fresh = meet(end, false);
+		known = bpf_map_lookup_elem(&endpoints, &end->key);
 #endif
 		if (!known) {
 			count_loss(cpu, LOSS_MESSAGES);
@@ -180,15 +225,20 @@ __noinline int write_end(OF_CPU __u32 fd, __u32 length, __u64 duration_ns,
 			return true;
 		}
 	}
-	start_ns = cpu->flight.start_ns;
-	stream_end = advance(&end, known, fresh, receive, flags & FLAG_PEEK, length, start_ns);
+#ifndef SCOPE_BCC
+	if (mover->transfer)
+		doubt(end, known);
+#endif
+	start_ns = mover->flight->start_ns;
+	stream_end = advance(end, known, fresh, receive, flags & FLAG_PEEK, length, start_ns);
 	if (known->announced != THIS_TELLING)
-		announce(cpu, &end, known);
+		announce(cpu, end, known);
 	if (known->inexact)
 		flags |= FLAG_INEXACT;
 	if (!(flags & FLAG_PEEK) && starts_turn(known, receive, start_ns, length)) {
 		flags |= FLAG_TURN;
-		cpu->turned = cpu->interpreter != 0;
+		if (!mover->transfer)
+			cpu->turned = cpu->interpreter != 0;
 	}
 	flags = UNKNOWN_TO_VERIFIER(cpu, flags);
 	stream_end = UNKNOWN_TO_VERIFIER(cpu, stream_end);
@@ -199,23 +249,46 @@ __noinline int write_end(OF_CPU __u32 fd, __u32 length, __u64 duration_ns,
 			count_loss(cpu, LOSS_SYSCALLS);
 		return true;
 	}
+#ifndef SCOPE_BCC
+	if (mover->transfer) {
+		if ((flags & FLAG_TURN) && payload_limit && length &&
+		    write_pieces(cpu, index, length, mover->transfer))
+			flags |= FLAG_PAYLOAD;
+	} else
+#endif
 	if ((flags & FLAG_TURN) && payload_limit && length && write_payload(WITH_CPU index, length, shape))
 		flags |= FLAG_PAYLOAD;
-	message->number = cpu->flight.number;
+	message->number = mover->flight->number;
 	message->kind = flags_and_class & ALSO_CALL ? RECORD_MESSAGE_CALL : RECORD_MESSAGE;
 	message->flags = flags;
 	message->start_ns = start_ns;
 	message->duration_ns = duration_ns;
-	message->tgid = cpu->tgid;
-	message->tid = cpu->tid;
-	message->arg1 = cpu->flight.arg1;
+	message->tgid = mover->tgid;
+	message->tid = mover->tid;
+	message->arg1 = mover->flight->arg1;
 	message->stream_end = stream_end;
 	message->length_bytes = length;
 	message->connection = known->connection;
-	message->fd = fd;
-	message->arg2 = cpu->flight.arg2;
+	message->fd = mover->fd;
+	message->arg2 = mover->flight->arg2;
 	commit(&message->sequence, index);
 	return true;
+}
+
+/* The same for one descriptor of the call in flight. */
+__noinline int write_end(OF_CPU __u32 fd, __u32 length, __u64 duration_ns, __u32 flags_and_class)
+{
+	FIND_CPU();
+	struct task_struct *task = CURRENT_TASK();
+	struct mover mover = { .fd = fd };
+	struct target_end end;
+
+	if (!cpu || !resolve(task, fd, &end))
+		return false;
+	mover.flight = &cpu->flight;
+	mover.tgid = cpu->tgid;
+	mover.tid = cpu->tid;
+	return write_moved(cpu, &end, &mover, length, duration_ns, flags_and_class);
 }
 
 /* Bytes of all messages of a sendmmsg or recvmmsg. */
@@ -298,6 +371,12 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 	/* the compiler would merge this load with one of `flight`; the verifier wants them apart */
 	arg3 = SYSCALL_ARG3(regs);
 	asm volatile("" : "+r"(arg3));
+#ifndef SCOPE_BCC
+	if (class == MESSAGE_RING) {
+		meet_ring(flight);
+		return false;
+	}
+#endif
 	if (class >= MESSAGE_BIRTH_RESULT) {
 #ifndef SCOPE_BCC
 		meet_new(WITH_CPU class, result, arg3);

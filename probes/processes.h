@@ -299,6 +299,16 @@ static __always_inline __u32 wanted(struct task_struct *task)
 	return 0;
 }
 
+/*
+ * Whether it has the name of one of io_uring's own threads: iou-wrk-TID or iou-sqp-TID. These make no calls:
+ * what looks like one is left of the thread that made them.
+ */
+static __always_inline bool is_named_worker(struct task_struct *task)
+{
+	return FIELD(task, comm[0]) == 'i' && FIELD(task, comm[2]) == 'u' && FIELD(task, comm[3]) == '-' &&
+	       FIELD(task, comm[7]) == '-';
+}
+
 #ifdef OLD_KERNELS
 enum { KERNEL_STACK_BYTES = 16384 }; /* 4 pages; kernels with KASAN have more, and there no call is found */
 
@@ -323,6 +333,8 @@ static __always_inline void find_call(struct task_struct *task, struct flight *f
 {
 	struct pt_regs *regs;
 
+	if (is_named_worker(task))
+		return; /* it waits for work */
 #ifdef OLD_KERNELS
 	/* before 5.15 (commit dd6e10fbd9fb): they are at the end of the kernel stack */
 	if (!bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs)) {
@@ -352,6 +364,8 @@ int on_mark_tasks(struct bpf_iter__task *ctx)
 	kind = wanted(task);
 	if (!kind)
 		return 0;
+	if (record_messages && bpf_core_field_exists(task->io_uring) && task->io_uring)
+		rings_met = rings_met ?: RING_MET;
 	record = record_of(task);
 	/* what does not fit into one read of user space is thrown away, and the task comes again at the next */
 	marked.seen_before = record && !record->untold;

@@ -111,7 +111,7 @@ class Drained:
     wide: list[tuple[int, int, Records]] = field(default_factory=list)
     marked: list[Marked] = field(default_factory=list)
     interpreters: list[dict[str, Any]] = field(default_factory=list)  # rows of that table
-    notes: list[str] = field(default_factory=list)  # sentences about what is not recorded
+    notes: list[str] = field(default_factory=list)  # sentences for the recording
     # lost events by CPU and loss kind, since the batch before; and when that was
     lost: NDArray[np.uint64] | None = None
     # of the user's programs: number of the table, times if the kernel told them, records; and what was
@@ -212,16 +212,23 @@ def own_programs(options: CaptureOptions) -> "OwnPrograms":
 class Recorder:
     """One recording, from attaching to the last segment."""
 
-    def __init__(self, plan: Plan, *, on_attached: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        on_attached: Callable[[], None] = lambda: None,
+        on_loaded: Callable[[], None] = lambda: None,
+    ) -> None:
         """Prepare; nothing is loaded yet.
 
         Args:
             plan: what to record and where.
-            on_attached: called once the probes are at work, before any thread is started: the place to
-                drop privileges, or to let a waiting target go.
+            on_attached: called once the probes are at work: the place to let a waiting target go.
+            on_loaded: called when nothing is left to be loaded, before any thread is started: the place to
+                drop privileges.
         """
         self.plan = plan
-        self._on_attached = on_attached
+        self._on_attached, self._on_loaded = on_attached, on_loaded
         # a plain flag, not a threading.Event: its set() takes a lock that the interrupted thread may hold
         self._stopping = False
         self._queue: queue.Queue[Drained | None] = queue.Queue(WAITING_BATCHES)
@@ -272,6 +279,8 @@ class Recorder:
             first.mark(marked, started_ns)
             first.interpreters = capture.find_pythons(marked)
             self._on_attached()
+            capture.prepare_rings()
+            self._on_loaded()
             use = Use()
             writer = threading.Thread(
                 target=self._write,
@@ -334,6 +343,7 @@ class Recorder:
                 pending.add_own(self._own.drain())
             pending.interpreters += capture.watch_pythons(batch)
             pending.notes += capture.watch_files(batch)
+            pending.notes += capture.watch_rings()
             interval = min(
                 max(interval * FILL_GOAL / max(fill, 1e-6), POLL_SECONDS[0]), POLL_SECONDS[1]
             )

@@ -24,6 +24,7 @@ class RecordLimits(IntEnum):
     PREFIX_BYTES = 8
     NO_SYSCALL = 65535
     COMPAT_SYSCALL = 32768
+    NO_DESCRIPTOR = 4294967295
 
 
 class RecordKind(IntEnum):
@@ -124,6 +125,7 @@ class MessageClass(IntEnum):
     MESSAGE_BIRTH_FIRST = 33
     MESSAGE_BIRTH_PAIR = 34
     MESSAGE_BIRTH_FOURTH = 35
+    MESSAGE_RING = 36
 
 
 class TargetKind(IntEnum):

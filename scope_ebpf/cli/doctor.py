@@ -18,7 +18,7 @@ Examples:
   sudo scope-ebpf doctor --json | jq .families.syscalls
 """
 # Names of checks that tell of what is not needed begin so.
-OPTIONAL = ("loader ",)
+OPTIONAL = ("loader ", "extra ")
 MARKS = {True: ("works", "green"), False: ("FAILS", "red"), None: ("-", None)}
 
 
@@ -63,11 +63,14 @@ def render(checks: list[Check], width: int) -> str:
         "Needed": [
             check
             for check in others
-            if not (check.family or check.works is None or check.name.startswith(OPTIONAL))
+            if not (check.family or check.works is None or is_optional(check))
         ],
         "Probes, tried just now": [check for check in others if check.family],
+        "Beside them": [check for check in others if is_extra(check) and check.works is not None],
         "Other ways": [
-            check for check in others if check.works is not None and check.name.startswith(OPTIONAL)
+            check
+            for check in others
+            if is_optional(check) and not is_extra(check) and check.works is not None
         ],
         "Python": [check for check in checks if is_interpreter(check)],
         "For information": [check for check in others if check.works is None and not check.family],
@@ -86,6 +89,16 @@ def render(checks: list[Check], width: int) -> str:
 def is_interpreter(check: Check) -> bool:
     """Whether it tells of a Python, and not of what every recording needs."""
     return isinstance(check, InterpreterCheck)
+
+
+def is_optional(check: Check) -> bool:
+    """Whether it tells of what is not needed."""
+    return check.name.startswith(OPTIONAL)
+
+
+def is_extra(check: Check) -> bool:
+    """Whether it tells of what is recorded where the kernel lets it be."""
+    return check.name.startswith("extra ")
 
 
 def verdict(checks: list[Check]) -> str:

@@ -137,8 +137,7 @@ def record(
         )
         privileges.require(privileges.current().effective, what)
 
-    def attached() -> None:
-        on_attached()
+    def loaded() -> None:
         dropped = privileges.drop_after_attaching(os.environ, keep)
         text = f"recording {printable(subject)} to {printable(str(path))}"
         say(f"{text}; {ending}")
@@ -160,7 +159,8 @@ def record(
             choices.keep_for,
             shares_quota=into is not None,
         ),
-        on_attached=attached,
+        on_attached=on_attached,
+        on_loaded=loaded,
     )
     line = StatusLine()
     show = notifier.show if notifier.wanted else line.show if sys.stderr.isatty() else None

@@ -7,7 +7,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from scope_ebpf.recording.schema import frame
-from scope_ebpf.records import RecordFlags
+from scope_ebpf.records import RecordFlags, RecordLimits
 
 Records = NDArray[np.void]
 Words = NDArray[np.uint64]
@@ -80,7 +80,10 @@ def connects_frame(rows: Records, cpus: NDArray[np.uint16]) -> pl.DataFrame:
             "cpu": cpus,
         },
     )
-    return columns.with_columns(pl.when(pl.Series(inet)).then("remote_port")).sort("start_ns")
+    return columns.with_columns(
+        pl.when(pl.Series(inet)).then("remote_port"),
+        pl.when(pl.col("fd") != RecordLimits.NO_DESCRIPTOR).then("fd"),
+    ).sort("start_ns")
 
 
 def kind_names(rows: Records) -> list[str]:

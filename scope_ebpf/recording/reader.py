@@ -209,7 +209,8 @@ class Recording:
         """One row per read or write on a socket or pipe, with the connection that it was on.
 
         - `start_ns`, `duration_ns`, `tgid`, `tid`, `context`, `number`, `name`, `status`, `cpu`: as
-          in `syscalls`; `fd`
+          in `syscalls`; `fd`. Through io_uring these are of the transfer, not of the call in which it
+          was asked for: `fd` is null, and where tracepoints saw it `duration_ns` is 0
         - `direction`: `send` or `receive`; `peek`: a receive that left the bytes where they are
         - `turn`: the first message of a turn of its connection
         - `length_bytes`; `stream_end`: the bytes are those from `stream_end - length_bytes` up to
@@ -270,7 +271,7 @@ class Recording:
         """One row per call of connect() on an internet or Unix socket, whatever came of it.
 
         - `start_ns`, `duration_ns`, `tgid`, `tid`, `context`, `status`, `cpu`: as in `syscalls`,
-          where the call has a row, too; `fd`
+          where the call has a row, too; `fd`, null through io_uring
         - `kind`: as in `connections`
         - `remote_address`, `remote_port`, `remote_path`: what the program passed; null for what has
           none, and all null if it disconnected or passed something else

@@ -65,7 +65,7 @@ SCHEMAS: dict[str, pl.Schema] = {
             "duration_ns": pl.Int64,
             **FLOW,
             "number": pl.UInt16,
-            "fd": pl.UInt32,
+            "fd": pl.UInt32,  # null: through io_uring
             "receive": pl.Boolean,  # else: send
             "peek": pl.Boolean,  # a receive that left the bytes where they are
             "turn": pl.Boolean,  # the first message of a turn of its connection
@@ -104,7 +104,7 @@ SCHEMAS: dict[str, pl.Schema] = {
             "start_ns": pl.Int64,
             "duration_ns": pl.Int64,
             **FLOW,
-            "fd": pl.UInt32,
+            "fd": pl.UInt32,  # null: through io_uring
             "kind": pl.String,  # as in connections
             "remote_address": pl.String,  # as the program passed it; null: it was of no such kind
             "remote_port": pl.UInt16,

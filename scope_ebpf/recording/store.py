@@ -165,7 +165,7 @@ class Store:
         self._connections.follow(frames)
         self._newest_bytes = max(self._writer.disk_bytes - before, self._newest_bytes // 2)
         self._keep_quota()
-        if time.monotonic() >= self._next_meta and self._failed is None:
+        if (batch.notes or time.monotonic() >= self._next_meta) and self._failed is None:
             self._writer.remove_parts()
             self._writer.write_meta(self._lost_now(), self._recorder_use())
             self._next_meta = time.monotonic() + META_SECONDS

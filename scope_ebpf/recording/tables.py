@@ -206,7 +206,7 @@ def messages_frame(slots: Records, cpus: NDArray[np.uint16], heads: pl.Series) -
     """Rows of messages, with the payload head of each."""
     rows = slots.view(records.MESSAGE)
     flags = rows["flags"]
-    return frame(
+    columns = frame(
         "messages",
         {
             "start_ns": rows["start_ns"],
@@ -227,6 +227,7 @@ def messages_frame(slots: Records, cpus: NDArray[np.uint16], heads: pl.Series) -
             "cpu": cpus,
         },
     )
+    return columns.with_columns(pl.when(pl.col("fd") != RecordLimits.NO_DESCRIPTOR).then("fd"))
 
 
 def tls_frame(slots: Records, cpus: NDArray[np.uint16], heads: pl.Series) -> pl.DataFrame:

@@ -67,7 +67,7 @@ class Target:
 
     def wait_at_gate(self) -> None:
         """Wait until it stands at its gate."""
-        line = self._line()
+        line = self.next_line()
         assert line.startswith("ready"), f"process {self.pid} did not get ready: {line!r}"
 
     def wait_until_blocked(self, number: int = 0) -> None:
@@ -87,7 +87,7 @@ class Target:
 
     def note(self) -> Any:
         """The next thing that it tells."""
-        line = self._line()
+        line = self.next_line()
         assert line, f"process {self.pid} ended without a note, with {self.process.poll()}"
         return json.loads(line)
 
@@ -98,7 +98,8 @@ class Target:
         assert self.process.wait(END_SECONDS) == 0
         return note
 
-    def _line(self) -> str:
+    def next_line(self) -> str:
+        """The next line that it says."""
         assert self.process.stdout is not None
         return self.process.stdout.readline()
 

@@ -44,8 +44,8 @@ CONSTANTS = {
     "follow_children": 1, "seek_cgroups": 1, "switch_tells_state": 1, "recorder_tgid": 4,
     "hot_slots": 4, "wide_slots": 4, "payload_limit": 4, "message_classes": 512,
 }  # fmt: skip
-# 318 KiB with all families; more than that and a margin is a loop that was unrolled, or debug sections.
-MAX_BYTES = 384 << 10
+# 445 KiB with all families; more than that and a margin is a loop that was unrolled, or debug sections.
+MAX_BYTES = 512 << 10
 # As the Makefile has it: the newest up to the one of CI, then newer ones that may work as well.
 CLANGS = [f"clang-{version}" for version in (19, 18, 17, 16, 15, 14, 20, 21, 22)]
 FLAGS = ["-g", "-O2", "-Wall", "-Wextra", "-Wpadded", "-Werror", "-mcpu=v3", "-target", "bpf"]
