@@ -27,6 +27,7 @@ import call_cost
 import chains_scale
 import chains_truth
 import first_event
+import many_processes
 import python_cost
 import python_truth
 import shop_overhead
@@ -42,6 +43,7 @@ MEASUREMENTS = {
         python_cost,
         python_truth,
         sustained,
+        many_processes,
         shop_overhead,
         first_event,
         bytes_per_row,

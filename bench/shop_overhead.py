@@ -29,7 +29,8 @@ EVENTS_PER_SECOND = 40_000
 PACED_SECONDS, QUICK_PACED_SECONDS = 20.0, 5.0
 PACED_RUNS, QUICK_PACED_RUNS = 3, 1
 CLIENTS = 4
-UNTRACED, SCOPE = "untraced", "scope-ebpf"
+UNTRACED, SCOPE, PERF_BUFFERS = "untraced", "scope-ebpf", "scope-ebpf --transport perf"
+TRANSPORTS = {"rings": "", "perf": "through perf buffers: "}
 RESAMPLES = 20_000
 CALL_PROGRAMS = ("on_sys_enter", "on_sys_exit")
 CONFIDENCE = 95
@@ -46,10 +47,10 @@ def measure(setting: Setting) -> Section:
 
 
 @contextmanager
-def traced(setting: Setting, shop: MeasuredShop) -> Iterator[None]:
+def traced(setting: Setting, shop: MeasuredShop, transport: str) -> Iterator[None]:
     """scope-ebpf at work on the shop, with all families."""
     recording = setting.path("shop.scope")
-    with tracers.scope_ebpf(SCOPE_EBPF, shop.pids, recording):
+    with tracers.scope_ebpf(SCOPE_EBPF, shop.pids, recording, transport=transport):
         wait_until_steady(recording)
         yield
 
@@ -80,7 +81,8 @@ def rounds(setting: Setting, section: Section, shop: MeasuredShop) -> float:
     """
     variants: dict[str, Callable[[], AbstractContextManager[None]]] = {
         UNTRACED: nullcontext,
-        SCOPE: lambda: traced(setting, shop),
+        SCOPE: lambda: traced(setting, shop, "rings"),
+        PERF_BUFFERS: lambda: traced(setting, shop, "perf"),
     }
     built = build_empty(setting, section)
     if built is not None:
@@ -235,33 +237,39 @@ def paced(setting: Setting, section: Section, shop: MeasuredShop, events: float)
     setting.say(f"{NAME}: {rate:.0f} requests per second")
     latency = shop.load(200, clients=CLIENTS).p50_ms / 1000
     think = max(clients / rate - latency, 0.0)
-    used: list[float] = []
-    rates: list[float] = []
-    lost: list[float] = []
+    used: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
+    rates: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
+    lost: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
     for _ in range(QUICK_PACED_RUNS if setting.quick else PACED_RUNS):
-        recording = setting.path("shop.scope")
-        tracer = tracers.scope_ebpf(SCOPE_EBPF, shop.pids, recording)
-        with tracer:
-            wait_until_steady(recording)
-            before = tracer.use_now()
-            loaded = shop.load(int(rate * seconds), clients=clients, think_seconds=think)
-            time.sleep(1)
-            after = tracer.use_now()
-        rates.append(count_events(tracers.recorded(recording)) / loaded.seconds)
-        used.append(100 * (after.cpu_seconds - before.cpu_seconds) / loaded.seconds)
-        lost.append(tracers.lost_in_all(recording))
-        # the next run comes closer
-        think = max(think + clients * (1 / rate - 1 / loaded.rate), 0.0)
-    section.add("events per second", "/s", rates)
-    percent = section.add("recorder's CPU", "% of one", used)
-    section.add("lost", "events", lost)
-    scaled = [each * EVENTS_PER_SECOND / at for each, at in zip(used, rates, strict=True)]
-    section.add(f"recorder's CPU scaled to {EVENTS_PER_SECOND:,} events/s", "% of one", scaled)
-    at = float(np.median(rates))
+        for name in TRANSPORTS:
+            recording = setting.path("shop.scope")
+            tracer = tracers.scope_ebpf(SCOPE_EBPF, shop.pids, recording, transport=name)
+            with tracer:
+                wait_until_steady(recording)
+                before = tracer.use_now()
+                loaded = shop.load(int(rate * seconds), clients=clients, think_seconds=think)
+                time.sleep(1)
+                after = tracer.use_now()
+            rates[name].append(count_events(tracers.recorded(recording)) / loaded.seconds)
+            used[name].append(100 * (after.cpu_seconds - before.cpu_seconds) / loaded.seconds)
+            lost[name].append(tracers.lost_in_all(recording))
+            # the next run comes closer
+            think = max(think + clients * (1 / rate - 1 / loaded.rate), 0.0)
+    percent: dict[str, float | None] = {}
+    for name, what in TRANSPORTS.items():
+        section.add(f"{what}events per second", "/s", rates[name])
+        percent[name] = section.add(f"{what}recorder's CPU", "% of one", used[name])
+        section.add(f"{what}lost", "events", lost[name])
+        scaled = [
+            each * EVENTS_PER_SECOND / at for each, at in zip(used[name], rates[name], strict=True)
+        ]
+        title = f"{what}recorder's CPU scaled to {EVENTS_PER_SECOND:,} events/s"
+        section.add(title, "% of one", scaled)
+    at = float(np.median(rates["rings"]))
     section.ask(
         f"recorder's CPU at {EVENTS_PER_SECOND:,} events/s: at most 3 % of one",
         3,
         "%",
-        percent,
+        percent["rings"],
         f"at {at:,.0f} events/s" if abs(at / EVENTS_PER_SECOND - 1) > 0.05 else "",
     )

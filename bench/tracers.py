@@ -166,11 +166,13 @@ def scope_ebpf(
     recording: Path,
     *,
     families: str | None = None,
+    transport: str = "rings",
     cpus: Collection[int] | None = None,
     more: Sequence[str] = (),
 ) -> Tracer:
     """The real `scope-ebpf attach`, with the families that it has by default."""
     command: list[str | Path] = [program, "attach", "-o", recording, *more]
+    command += ["--transport", transport]
     for pid in pids:
         command += ["--pid", str(pid)]
     if families is not None:

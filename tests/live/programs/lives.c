@@ -250,7 +250,7 @@ static void arguments(char *program)
 	fflush(stdout);
 }
 
-enum { CROWD = 1499 };
+enum { CROWD = 797 };
 
 /* More processes than the kernel tells user space of in one read. */
 static void crowd(void)
