@@ -162,13 +162,15 @@ def beside(setting: Setting, section: Section, tree: Tree) -> None:
                     OTHER_QUICK_SECONDS if setting.quick else OTHER_SECONDS, CALLS_PER_SECOND
                 )
                 after = tracer.use_now()
-            seen = 100 * tracer.seen() / made.count
+            seen = tracer.seen()
         except (RuntimeError, OSError) as error:
             section.notes.append(f"{what}: {error}")
             continue
         seconds = made.elapsed_ns / 1e9
         cpu = 100 * (after.cpu_seconds - before.cpu_seconds) / seconds
-        note = f"{made.count / seconds:,.0f} calls/s could be made; {seen:.4g} % of them seen"
+        note = f"{made.count / seconds:,.0f} calls/s could be made"
+        if made.count:
+            note += f"; {100 * seen / made.count:.4g} % of them seen"
         single(section, f"{what}: until it is ready", "s", ready)
         single(section, f"{what}: its CPU", "% of one", cpu, note)
 
