@@ -105,7 +105,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="only this measurement, of those below; may be given more than once",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="two minutes: shows that all works, not how fast it is"
+        "--quick",
+        action="store_true",
+        help="some minutes: shows that all works, not how fast it is",
     )
     parser.add_argument(
         "-o",

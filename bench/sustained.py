@@ -26,7 +26,7 @@ SECONDS, QUICK_SECONDS = 60, 5
 PERF_SECONDS, PERF_QUICK_SECONDS = 10, 2
 # Rings and perf buffers in turn.
 TRANSPORTS = {"rings": "scope-ebpf, rings", "perf": "scope-ebpf, perf buffers"}
-TURN_SECONDS, TURN_QUICK_SECONDS = 8, 2
+TURN_SECONDS, TURN_QUICK_SECONDS = 6, 2
 TURNS, QUICK_TURNS = 5, 1
 BURST_CALLS = 1_000_000
 BURSTS, QUICK_BURSTS = 9, 2
