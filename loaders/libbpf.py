@@ -76,6 +76,14 @@ def perf_event_paranoid() -> str:
         return "unknown"
 
 
+def perf_events_refused(action: str) -> PerfEventsRefusedError:
+    """What to say when the kernel opens no perf event for it."""
+    return PerfEventsRefusedError(
+        f"cannot {action}: kernel.perf_event_paranoid is {perf_event_paranoid()}, with which kernels of some"
+        " distributions ask for CAP_SYS_ADMIN; run as root, or `sysctl kernel.perf_event_paranoid=2`"
+    )
+
+
 class _UprobeOptions(c.Structure):
     """struct bpf_uprobe_opts."""
 
@@ -392,6 +400,8 @@ class BpfObject:
                 program, every_process, os.fsencode(path), place.offset, c.byref(options)
             )
             if not link:
+                if c.get_errno() == errno.EACCES:
+                    raise perf_events_refused(action)
                 self._check(-c.get_errno(), action)
             self._links[f"{name} {path} {place.offset} {place.cookie} {at_return}"] = link
 
@@ -419,11 +429,7 @@ class BpfObject:
                 continue
             self._lib.log.clear()
             if descriptor == -errno.EACCES:
-                raise PerfEventsRefusedError(
-                    "cannot open a sampling clock: kernel.perf_event_paranoid is"
-                    f" {perf_event_paranoid()}, with which kernels of some distributions ask for"
-                    " CAP_SYS_ADMIN; run as root, or `sysctl kernel.perf_event_paranoid=2`"
-                )
+                raise perf_events_refused("open a sampling clock")
             self._check(descriptor, f"open a sampling clock on CPU {cpu}")
             self.attach_descriptor(name, descriptor)
 

@@ -4,8 +4,7 @@ A uprobe belongs to a file. Of named processes the files that they may use are f
 begins; a host or a cgroup may get others at any time, with a container's image or a virtual environment. So
 each program is looked at a moment after it began, when the dynamic linker has done its work, and twice later.
 What is of one kind, by its file and its mount namespace, is looked at once a minute: the thousandth `true`
-costs two look-ups in /proc, and the next service of the same interpreter is met although its libraries are
-others.
+costs two look-ups in /proc, and the next service of the same interpreter is met with libraries of its own.
 
 Misses: the first calls of a program of a new kind, until it was looked at; a program that ended before that,
 whose like is looked at the next time; and libraries of a second program of a kind within the same minute.

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scope_ebpf.errors import LoadError
+from scope_ebpf.loaders.libbpf import perf_events_refused
 from scope_ebpf.loaders.perf import open_bpf_output
 from scope_ebpf.loaders.ring import Records
 
@@ -178,6 +179,8 @@ class PerfMemory:
         if self.descriptor == -errno.ENODEV:
             self.descriptor = -1
             return
+        if self.descriptor == -errno.EACCES:
+            raise perf_events_refused("open a perf ring buffer")
         if self.descriptor < 0:
             raise LoadError(
                 f"cannot open a perf ring buffer on CPU {cpu}: {os.strerror(-self.descriptor)};"

@@ -21,6 +21,11 @@ install)
     sed "s|^ExecStart=[^ ]*|ExecStart=$command|" "$source" >"$unit.part"
     mv "$unit.part" "$unit"
     echo "installed $unit; start it with: systemctl daemon-reload && systemctl enable --now scope-ebpf"
+    # README.md, "Privileges"
+    if [ "$(cat /proc/sys/kernel/perf_event_paranoid 2>/dev/null || echo 0)" -gt 2 ] &&
+        [ "$(printf '%s\n' 6.6 "$(uname -r)" | sort -V | head -n 1)" != 6.6 ]; then
+        echo "before, run: sysctl kernel.perf_event_paranoid=2; without root this kernel refuses perf events else"
+    fi
     ;;
 uninstall)
     if [ ! -e "$unit" ]; then

@@ -15,6 +15,7 @@ from scope_ebpf.loaders import privileges
 from scope_ebpf.recording.meta import read_meta
 from scope_ebpf.recording.reader import open_recording
 from scope_ebpf.recording.rotation import disk_bytes
+from tests.lab.recorded import FIRST_WITH_RINGS, KERNEL
 from tests.lab.sums import sums_are_right
 
 pytestmark = [pytest.mark.lab, pytest.mark.systemd, pytest.mark.timeout(400)]
@@ -23,6 +24,11 @@ FOLDER = Path("/var/lib/private/scope-ebpf")
 SOURCE = Path(__file__).resolve().parents[2] / "scripts"
 COMMAND = "/usr/local/bin/scope-ebpf"
 START_SECONDS = 120
+# Above 2, which is the default of Debian's kernels, these open perf events for CAP_SYS_ADMIN only.
+PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
+REFUSING, ALLOWING = "3", "2"
+# From then on a uprobe needs no perf event.
+LINKED_UPROBES = (6, 6)
 # As little as is taken: the test fills it.
 QUOTA = 8 << 20
 
@@ -66,12 +72,18 @@ def drop_in(text: str) -> None:
 @pytest.fixture(scope="module")
 def unit() -> Iterator[None]:
     """The unit as `make install-service` puts it there, with a small quota."""
-    run(SOURCE / "install_service.sh", "install", COMMAND, UNIT.parent)
+    asked = PARANOID.read_text()
+    PARANOID.write_text(REFUSING)
+    said = run(SOURCE / "install_service.sh", "install", COMMAND, UNIT.parent)
+    assert (f"sysctl kernel.perf_event_paranoid={ALLOWING}" in said) == (KERNEL < LINKED_UPROBES)
+    if KERNEL < FIRST_WITH_RINGS:
+        PARANOID.write_text(ALLOWING)
     record = f"{COMMAND} record --all --into /var/lib/scope-ebpf"
     drop_in(f"ExecStart=\nExecStart={record} --keep {QUOTA}\nRestart=no")
     yield
     run("systemctl", "stop", "scope-ebpf", check=False)
     run(SOURCE / "install_service.sh", "uninstall", COMMAND, UNIT.parent)
+    PARANOID.write_text(asked)
 
 
 def test_it_starts_records_stops_and_starts_anew(unit):
@@ -172,6 +184,24 @@ def test_each_capability_is_needed_and_its_lack_is_said(unit, absent):
     )  # fmt: skip
     assert done.returncode == 1, (done.stdout, done.stderr)
     assert f"{absent} is missing, which {privileges.PURPOSES[absent]}" in done.stderr, done.stderr
+
+
+def test_what_the_kernel_refuses_is_said(unit):
+    """Perf events for one who is not root: they carry records on old kernels, uprobes on others."""
+    PARANOID.write_text(REFUSING)
+    journal_before = len(journal())
+    run("systemctl", "start", "scope-ebpf", check=False)
+    if KERNEL < FIRST_WITH_RINGS:
+        assert shown("Result") == "exit-code"
+        lines = [line for line in journal()[journal_before:].splitlines() if "error: " in line]
+        assert len(lines) == 1 and lines[0].endswith("`sysctl kernel.perf_event_paranoid=2`"), lines
+        return
+    run("systemctl", "stop", "scope-ebpf")
+    notes = open_recording(recordings()[-1]).meta.notes
+    refused = [note for note in notes if f"kernel.perf_event_paranoid is {REFUSING}" in note]
+    assert any(note.startswith("what runs on a CPU is not sampled") for note in refused), notes
+    of_tls = [note for note in refused if note.startswith("TLS through ")]
+    assert bool(of_tls) == (KERNEL < LINKED_UPROBES), notes
 
 
 def test_the_sandbox(unit, row):
