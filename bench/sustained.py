@@ -217,7 +217,7 @@ def bursts(setting: Setting, section: Section) -> None:
             took, lost, unexplained = zip(*found[name], strict=True)
             section.add(f"{what}: burst of {BURST_CALLS:,} calls from {shape}", "s", took)
             section.add(f"{what}: burst from {shape}: lost", "calls", lost)
-            asked = f"{what}: calls of these bursts that are neither stored nor counted as lost: 0"
+            asked = f"{what}: calls of bursts from {shape} neither stored nor counted as lost: 0"
             section.ask(asked, 0, "calls", sum(unexplained))
             if name == "rings":
                 section.ask(
