@@ -218,8 +218,8 @@ def recording_options(function: Function) -> Function:
             type=Families(),
             default=",".join(FAMILIES),
             metavar="LIST",
-            help=f"What to record, of {','.join(FAMILIES)} (all by default) and"
-            f" {','.join(EXTRA_FAMILIES)}; +{EXTRA_FAMILIES[0]} adds to the default ones.",
+            help=f"What to record, with commas between: {', '.join(FAMILIES)} (all by default) and"
+            f" {', '.join(EXTRA_FAMILIES)}; +{EXTRA_FAMILIES[0]} adds to the default ones.",
         ),
         click.option(
             "--probe",
@@ -245,10 +245,16 @@ def recording_options(function: Function) -> Function:
             default="auto",
             show_default=True,
             help="How the probes get into the kernel: libbpf needs its type information (BTF); bcc compiles"
-            f" them against its headers, for {','.join(BCC_FAMILIES)}.",
+            f" them against its headers, for {', '.join(BCC_FAMILIES)}.",
         ),
         click.option(
             "--duration", type=Duration(), metavar="TIME", help="Stop after 30s, 5m, 1h30m, …"
+        ),
+        click.option(
+            "--keep-for",
+            type=Duration(LEAST_KEPT_SECONDS),
+            metavar="TIME",
+            help="Likewise what is older than 10m, 24h, 7d, …",
         ),
         click.option(
             "--keep",
@@ -256,12 +262,6 @@ def recording_options(function: Function) -> Function:
             metavar="SIZE",
             help="Keep so much at most, such as 2G: the oldest rows of all tables are dropped, and the"
             " summary says so.",
-        ),
-        click.option(
-            "--keep-for",
-            type=Duration(LEAST_KEPT_SECONDS),
-            metavar="TIME",
-            help="Likewise what is older than 10m, 24h, 7d, …",
         ),
         click.option(
             "-o",
