@@ -5,9 +5,9 @@ with programs that do nothing (probes/trial.bpf.c): fentry and fexit see most; t
 see sockets only, and no bytes; kprobes come last, since their returns are missed where many calls wait.
 
 Almost nobody uses io_uring, and each read and write on a socket or pipe of the host would pay for it. So the
-programs are attached when a recorded process is seen to have an io_uring. They are loaded before, while there
-is the privilege for that, but after all the others are at work: by themselves, so that a kernel that refuses
-them refuses nothing else, and no event waits for them.
+programs are attached when a recorded process is seen to have an io_uring. They are loaded then, too, or
+before the privilege for that is given up, but after all the others are at work: by themselves, so that a
+kernel that refuses them refuses nothing else, and no event waits for them.
 """
 
 import re

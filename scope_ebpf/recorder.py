@@ -279,7 +279,10 @@ class Recorder:
             first.mark(marked, started_ns)
             first.interpreters = capture.find_pythons(marked)
             self._on_attached()
-            capture.prepare_rings()
+            options = self.plan.options
+            # of a cgroup or the host, the privilege to load is kept: nothing is before it is needed
+            if not options.everything and options.cgroup is None:
+                capture.prepare_rings()
             self._on_loaded()
             use = Use()
             writer = threading.Thread(
