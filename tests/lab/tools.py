@@ -78,10 +78,12 @@ SYSCOUNT = Kind(
 )
 EXECSNOOP = Kind("execsnoop-bpfcc", "bpfcc-tools", lambda pid: ["-x", "-P", str(pid)], "PCOMM")
 TCPLIFE = Kind("tcplife-bpfcc", "bpfcc-tools", lambda pid: ["-s", "-p", str(pid)], "LADDR")
+# bpftrace's tool of that name, where BCC's is not offered: it follows all processes.
+TCPLIFE_BT = Kind("tcplife.bt", "bpftrace", lambda pid: [], "__BPFTRACE_NOTIFY_PROBES_ATTACHED")
 OFFCPUTIME = Kind(
     "offcputime-bpfcc", "bpfcc-tools", lambda pid: ["-K", "-p", str(pid)], "Ctrl-C to end"
 )
-KINDS = (STRACE, BPFTRACE_COUNTS, SYSCOUNT, EXECSNOOP, TCPLIFE, OFFCPUTIME)
+KINDS = (STRACE, BPFTRACE_COUNTS, SYSCOUNT, EXECSNOOP, TCPLIFE, TCPLIFE_BT, OFFCPUTIME)
 
 
 @dataclass(frozen=True)
@@ -225,12 +227,11 @@ class Life:
 
 
 def tcplife_rows(said: str) -> list[Life]:
-    """One per end of a connection that was closed."""
-    found = re.findall(
-        r"^(\d+),[^,]*,4,127\.0\.0\.1,(\d+),127\.0\.0\.1,(\d+),(\d+),(\d+),(\d+\.\d+)$",
-        said,
-        re.MULTILINE,
-    )
+    """One per end of a connection that was closed: of BCC's tool, or of bpftrace's."""
+    host, tcp = r"127\.0\.0\.1", r"(\d+)"
+    of_bcc = rf"^(\d+),[^,]*,4,{host},{tcp},{host},{tcp},(\d+),(\d+),(\d+\.\d+)$"
+    of_bpftrace = rf"^[\d:]+ +(\d+) +\S+ +{host} +{tcp} +{host} +{tcp} +(\d+) +(\d+) +(\d+)$"
+    found = [row for line in (of_bcc, of_bpftrace) for row in re.findall(line, said, re.MULTILINE)]
     return [
         Life(int(pid), int(local), int(remote), int(sent), int(received), float(span))
         for pid, local, remote, sent, received, span in found
