@@ -34,11 +34,7 @@ enum {
 	STREAM_ORIGIN = 1 << 30,
 	/* so much goes into a queue in one piece, or not at all (PIPE_BUF) */
 	UNDIVIDED_BYTES = 4096,
-#ifdef SCOPE_BCC /* the verifier follows each walk from each of the places that it is put into */
-	MAX_QUEUED_BUFFERS = 8,
-#else
 	MAX_QUEUED_BUFFERS = 256,
-#endif
 };
 
 #define QUEUE_TOO_LONG 0xffffffffffffffffULL
@@ -122,8 +118,9 @@ __noinline __u64 queued_in_socket(__u64 key)
 	for (i = 0; i < MAX_QUEUED_BUFFERS; i++) {
 		__u32 consumed = 0;
 
+		KEEP_COUNT(i);
 		if (skb == head || !skb)
-			return total;
+			return FORGET_BOUNDS(total);
 		bpf_probe_read_kernel(&consumed, sizeof(consumed),
 				      (void *)skb + FIELD_OFFSET(struct sk_buff, cb) +
 					      FIELD_OFFSET(struct unix_skb_parms, consumed));
@@ -143,8 +140,9 @@ __noinline __u64 queued_in_pipe(__u64 key)
 	__u64 total = 0, i;
 
 	for (i = 0; i < MAX_QUEUED_BUFFERS; i++, tail++) {
+		KEEP_COUNT(i);
 		if (tail == head)
-			return total;
+			return FORGET_BOUNDS(total);
 		total += BPF_CORE_READ((struct pipe_buffer *)((void *)buffers + (tail & mask) * size), len);
 	}
 	return QUEUE_TOO_LONG;

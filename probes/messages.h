@@ -19,11 +19,7 @@
 #include "payloads.h"
 
 enum {
-#ifdef SCOPE_BCC /* as MAX_QUEUED_BUFFERS in endpoints.h: of more the bytes are not counted */
-	MAX_HEADERS = 64,
-#else
 	MAX_HEADERS = 1024, /* UIO_MAXIOV, the kernel's own limit for sendmmsg and recvmmsg */
-#endif
 };
 
 /* Where a TCP socket's receiver stands. A FIN has a number, too: it is not a byte of the stream. */
@@ -298,6 +294,7 @@ GLOBAL int sum_headers(__u64 headers, __u32 count)
 	__u64 i; /* as wide as registers, as in payloads.h */
 
 	for (i = 0; i < MAX_HEADERS && i < count; i++) {
+		KEEP_COUNT(i);
 		length = 0;
 		bpf_probe_read_user(&length, sizeof(length),
 				    (void *)(headers + i * sizeof(struct user_mmsghdr) +

@@ -46,7 +46,8 @@ static __always_inline __u32 copy_buffer(struct payload *payload, __u64 base, __
 }
 
 /* Likewise from up to MAX_VECTORS pieces. */
-static __always_inline __u32 copy_vectors(struct payload *payload, __u64 vectors, __u64 count, __u64 length)
+static __always_inline __u32 copy_vectors(struct cpu_state *state, struct payload *payload, __u64 vectors,
+					 __u64 count, __u64 length)
 {
 	__u32 cpu = bpf_get_smp_processor_id();
 	__u64 copied = 0, part, i; /* as wide as registers: no extension parts them from their bounds */
@@ -57,13 +58,15 @@ static __always_inline __u32 copy_vectors(struct payload *payload, __u64 vectors
 		return 0;
 	length = within_limit(length);
 	for (i = 0; i < MAX_VECTORS && i < count && copied < length; i++) {
+		KEEP_COUNT(i);
 		if (bpf_probe_read_user(&piece, sizeof(piece), (void *)(vectors + i * sizeof(piece))))
 			break;
 		part = within_limit(piece.length);
 		copied = within_limit(copied); /* it is; up to 5.10 the verifier wants to be told */
 		if (bpf_probe_read_user(bytes + copied, part, (void *)piece.base))
 			break; /* what is copied so far is right */
-		copied += part;
+		/* BCC: what was compared with `length` before would leave the verifier bounds that cross */
+		copied = UNKNOWN_TO_VERIFIER(state, copied + part);
 	}
 	if (copied > length)
 		copied = length;
@@ -125,7 +128,7 @@ __noinline int write_payload(OF_CPU __u64 hot_index, __u32 length, __u8 shape)
 	if (!payload)
 		return false;
 	payload->length_bytes = base ? copy_buffer(payload, base, length)
-				     : copy_vectors(payload, vectors, count, length);
+				     : copy_vectors(cpu, payload, vectors, count, length);
 	commit(&payload->sequence, index);
 	return true;
 }

@@ -200,8 +200,14 @@ static __always_inline __u64 through_memory(struct cpu_state *cpu, __u64 number)
 	return *(volatile __u64 *)&cpu->reserved2[5];
 }
 #define UNKNOWN_TO_VERIFIER(cpu, number) through_memory(cpu, number)
+/* Keeps a loop's own count: BCC's compiler would count down a number whose bounds the verifier does not see. */
+#define KEEP_COUNT(count) asm volatile("" : "+r"(count))
+/* As UNKNOWN_TO_VERIFIER, slower: for what is rarely done. */
+#define FORGET_BOUNDS(number) read_word(&(number))
 #else
 #define UNKNOWN_TO_VERIFIER(cpu, number) (number)
+#define KEEP_COUNT(count) ((void)0)
+#define FORGET_BOUNDS(number) (number)
 #endif
 
 static __always_inline void count_loss(struct cpu_state *cpu, enum loss_kind kind)
