@@ -6,8 +6,10 @@ BCC compiles C at run time against the running kernel's headers. Its Python is a
 
 import atexit
 import contextlib
+import ctypes as c
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,9 @@ SYSTEM_PACKAGES = (
     ),
 )
 INSTALL = "run `sudo apt install python3-bpfcc` (other distributions: python3-bcc)"
+NEWER_HEADERS = Path(__file__).resolve().parent.parent / "probes" / "bcc" / "newer_headers.h"
+# From this version on the kernel's headers need it (commit c4781dc3d1cf).
+MICROSOFT_EXTENSIONS = (6, 19)
 # Lines of the compiler and the verifier that are shown.
 COMPILER_LINES = 24
 VERIFIER_LINES = 4
@@ -106,6 +111,23 @@ def check_headers() -> None:
         )
 
 
+def header_flags(release: str | None = None) -> list[str]:
+    """What the compiler has to be told for this kernel's headers."""
+    if kernel_version(release or os.uname().release) >= MICROSOFT_EXTENSIONS:
+        return ["-fms-extensions"]
+    return []
+
+
+def kernel_version(release: str) -> tuple[int, int]:
+    """The first two numbers of uname -r: there may be no type information to ask instead.
+
+    >>> kernel_version("6.1.0-56-cloud-amd64")
+    (6, 1)
+    """
+    match = re.match(r"(\d+)\.(\d+)", release)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
 def compile_program(
     text: str, name: str, flags: Sequence[str] = (), usdt: Sequence[Any] = ()
 ) -> Any:
@@ -123,9 +145,10 @@ def compile_program(
     """
     module = load_bcc()
     check_headers()
+    text = NEWER_HEADERS.read_text() + text
     with captured_errors() as said:
         try:
-            return module.BPF(text=text, cflags=list(flags), usdt_contexts=list(usdt))
+            return module.BPF(text=text, cflags=[*header_flags(), *flags], usdt_contexts=list(usdt))
         except (Exception, SystemExit) as error:
             problem = error
     raise explain(name, str(problem), said()) from problem
@@ -143,6 +166,19 @@ def load_function(program: Any, function: str, name: str = "") -> Any:
         except (Exception, SystemExit) as error:
             problem = error
     raise explain(name or function, str(problem), said()) from problem
+
+
+def attach_raw_tracepoint(descriptor: int, tracepoint: str) -> int:
+    """Attach a loaded program: the descriptor of the link, or -errno."""
+    with captured_errors():
+        link = int(load_bcc().lib.bpf_attach_raw_tracepoint(descriptor, tracepoint.encode()))
+    return link if link >= 0 else -c.get_errno()
+
+
+def update_element(descriptor: int, key: Any, value: Any, flags: int = 0) -> int:
+    """Set an element of a map: 0, or -errno."""
+    result = load_bcc().lib.bpf_update_elem(descriptor, c.byref(key), c.byref(value), flags)
+    return -c.get_errno() if result < 0 else 0
 
 
 def clean_up(program: Any) -> None:

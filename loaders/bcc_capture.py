@@ -7,7 +7,6 @@ compiled at run time (bcc_source.py); what libbpf does by iterators comes from /
 import ctypes as c
 import mmap
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ GLOBALS_MAP = "scope_global"
 # Programs that others call, by the map that leads to them.
 STAGES = {"on_message": "stages"}
 ITERATORS = ("on_mark_tasks", "on_list_files", "on_list_open")
+# Attached like the others where they exist: iterators, and what forgets tasks whose key is an address.
+NOT_THERE = (*ITERATORS, "on_free")
 # Globals of probes that are not there: user space may write them all the same.
 UNUSED_GLOBALS = ("tls_wanted", "hits_wanted", "calls_wanted")
 
@@ -57,14 +58,18 @@ class BccObject:
 
     path = Path("BCC's capture")
 
-    def __init__(self) -> None:
+    def __init__(self, *, perf: bool = False) -> None:
         """Nothing is compiled yet.
+
+        Args:
+            perf: records go through perf ring buffers, not through mapped rings.
 
         Raises:
             LoadError: BCC or the kernel's headers are not there.
         """
         bcc.load_bcc()
         bcc.check_headers()
+        self._perf = perf
         self._selected: set[str] = set()
         self._constants: dict[str, int] = {}
         self._message_classes = b""
@@ -101,7 +106,7 @@ class BccObject:
 
     def set_constants(self, **values: bool | int | bytes) -> None:
         """Set what is constant in the programs, before load()."""
-        values["switch_tells_state"] = kernel_version(os.uname().release) >= SWITCH_TELLS_STATE
+        values["switch_tells_state"] = bcc.kernel_version(os.uname().release) >= SWITCH_TELLS_STATE
         for name, value in values.items():
             if isinstance(value, bytes):
                 self._message_classes = value
@@ -114,15 +119,19 @@ class BccObject:
         if value_bytes is not None:
             self._value_bytes[name] = value_bytes
 
+    def _translated(self) -> BccSource:
+        """The programs' source."""
+        defined = {"SCOPE_BCC": True, "PERF_TRANSPORT": self._perf, "OLD_KERNELS": False}
+        text = joined(SOURCE, defined)
+        return translate(text, self._constants, self._sizes, self._value_bytes, perf=self._perf)
+
     def load(self) -> None:
         """Compile, create the maps and load the selected programs.
 
         Raises:
             LoadError: with the compiler's or the kernel's reason.
         """
-        defined = {"SCOPE_BCC": True, "PERF_TRANSPORT": False, "OLD_KERNELS": False}
-        text = joined(SOURCE, defined)
-        self._source = translate(text, self._constants, self._sizes, self._value_bytes)
+        self._source = self._translated()
         try:
             self._bpf = bcc.compile_program(self._source.text, "the probes", ["-DSCOPE_BCC"])
         except UsageError as error:  # it is our source
@@ -160,10 +169,9 @@ class BccObject:
     def _load_program(self, name: str) -> Any:
         return bcc.load_function(self._bpf, name, "the probes")
 
-    def _set(self, table: str, key: Any, value: Any, flags: int = 0) -> None:
-        lib = bcc.load_bcc().lib
-        if lib.bpf_update_elem(self.map_fd(table), c.byref(key), c.byref(value), flags) < 0:
-            raise LoadError(f"cannot update the map {table}: {os.strerror(c.get_errno())}")
+    def _set(self, table: str, key: Any, value: Any) -> None:
+        if error := bcc.update_element(self.map_fd(table), key, value):
+            raise LoadError(f"cannot update the map {table}: {os.strerror(-error)}")
 
     def variables(self, section: str) -> Mapping[str, tuple[int, int]]:
         """Offset and size in bytes of each global."""
@@ -192,18 +200,14 @@ class BccObject:
         Raises:
             LoadError: with the kernel's reason.
         """
-        lib = bcc.load_bcc().lib
         for name in names:
-            if name in ITERATORS:
+            if name in NOT_THERE:
                 continue
-            tracepoint = self._source.programs[name]
-            with bcc.captured_errors():
-                descriptor = lib.bpf_attach_raw_tracepoint(
-                    self._load_program(name).fd, tracepoint.encode()
-                )
-            if descriptor < 0:
-                raise LoadError(f"cannot attach {name}: {os.strerror(c.get_errno())}")
-            self._links[name] = descriptor
+            loaded = self._load_program(name)
+            link = bcc.attach_raw_tracepoint(loaded.fd, self._source.programs[name])
+            if link < 0:
+                raise LoadError(f"cannot attach {name}: {os.strerror(-link)}")
+            self._links[name] = link
 
     def detach(self, *names: str) -> None:
         """Detach programs."""
@@ -235,13 +239,3 @@ class BccObject:
             LoadError: always.
         """
         raise LoadError(f"cannot attach {name} to {path}: --loader bcc has no uprobes of our own")
-
-
-def kernel_version(release: str) -> tuple[int, int]:
-    """The first two numbers of uname -r: there is no type information to ask instead.
-
-    >>> kernel_version("6.1.0-56-cloud-amd64")
-    (6, 1)
-    """
-    match = re.match(r"(\d+)\.(\d+)", release)
-    return (int(match[1]), int(match[2])) if match else (0, 0)

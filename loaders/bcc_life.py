@@ -4,7 +4,6 @@ Sees what the iterators of probes/processes.h see, but: when a thread was made o
 (10 ms), and of a thread that is ready to run, not since when.
 """
 
-import ctypes as c
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from scope_ebpf import records
-from scope_ebpf.loaders import cgroups
+from scope_ebpf.loaders import bcc, cgroups
 from scope_ebpf.loaders.ring import Records
 from scope_ebpf.loaders.targets import PF_KTHREAD, PROC, parse_stat
 
@@ -190,12 +189,7 @@ class Life:
         return record.tobytes()
 
     def _insert(self, key: Any, leaf: Any) -> int:
-        from scope_ebpf.loaders import bcc
-
-        lib = bcc.load_bcc().lib
-        return int(
-            lib.bpf_update_elem(self._tasks.get_fd(), c.byref(key), c.byref(leaf), BPF_NOEXIST)
-        )
+        return bcc.update_element(self._tasks.get_fd(), key, leaf, BPF_NOEXIST)
 
     def still_open(self) -> bytes:
         """Records of CALL and OFFCPU for what has not ended: as on_list_open in probes/processes.h."""

@@ -256,14 +256,13 @@ class Program:
             return
         for function, tracepoint in LIFE.items():
             loaded = bcc.load_function(self._bpf, function, name)
-            with bcc.captured_errors():
-                descriptor = self._lib.bpf_attach_raw_tracepoint(loaded.fd, tracepoint.encode())
-            if descriptor < 0:
+            link = bcc.attach_raw_tracepoint(loaded.fd, tracepoint)
+            if link < 0:
                 raise LoadError(
-                    f"cannot follow processes for {name}: {os.strerror(c.get_errno())}; leave"
+                    f"cannot follow processes for {name}: {os.strerror(-link)}; leave"
                     " scope_is_recorded() away, or use a kernel since 4.17"
                 )
-            self._life.append(descriptor)
+            self._life.append(link)
 
     def _open_outputs(self, names: dict[tuple[Path, str], str]) -> None:
         lib, module = self._lib, self._bpf.module
@@ -311,9 +310,9 @@ class Program:
         self._processes = maps.get("scope_processes")
 
     def _set(self, descriptor: int, key: Any, value: Any) -> None:
-        if self._lib.bpf_update_elem(descriptor, c.byref(key), c.byref(value), 0) < 0:
+        if error := bcc.update_element(descriptor, key, value):
             raise LoadError(
-                f"cannot set up {self.source.path.name}: {os.strerror(c.get_errno())}; report it as a bug"
+                f"cannot set up {self.source.path.name}: {os.strerror(-error)}; report it as a bug"
             )
 
     def follow(self, tgids: Iterable[int], *, after_exec: bool = False) -> None:

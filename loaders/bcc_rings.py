@@ -8,7 +8,6 @@ as an array. What did not fit is counted where it was submitted (probes/bcc/prog
 import errno
 import mmap
 import os
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,21 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scope_ebpf.errors import LoadError
-from scope_ebpf.loaders import perf
+from scope_ebpf.loaders import perf, perf_ring
 
 Bytes = NDArray[np.uint8]
 
 PAGE = mmap.PAGESIZE
 PERF_PAGES = 64  # per CPU and table, a power of two
-PERF_COUNT_SW_BPF_OUTPUT = 10
-PERF_SAMPLE_TIME, PERF_SAMPLE_RAW = 1 << 2, 1 << 10
-# nobody waits for the event, so none may wake: the watermark is never reached
-PERF_WATERMARK, PERF_USE_CLOCKID = 1 << 14, 1 << 25
-CLOCK_MONOTONIC = 1
-# struct perf_event_attr up to its fifth version: see perf.ATTRIBUTES, then samples' registers, stack, clock
-ATTRIBUTES = struct.Struct("<2I5Q2I2Q2QIi2Q")
-HEAD_AT, TAIL_AT = 1024, 1032
-PERF_RECORD_SAMPLE = 9
 SAMPLE_HEADER = 20  # header, time, and the length of what follows
 RING_HEADER, RING_BUSY, RING_DISCARD, RING_LENGTH = 8, 1 << 31, 1 << 30, (1 << 30) - 1
 
@@ -45,7 +35,7 @@ def order() -> None:
 
 
 class PerfRing:
-    """One CPU's perf event that a program's bpf_perf_event_output() fills."""
+    """One CPU's perf event that a program's bpf_perf_event_output() fills with samples of any length."""
 
     def __init__(self, cpu: int, pages: int = PERF_PAGES) -> None:
         """Open and map it.
@@ -54,13 +44,8 @@ class PerfRing:
             LoadError: the kernel refuses.
             OSError: with ENODEV, the CPU is not online.
         """
-        attributes = ATTRIBUTES.pack(
-            perf.PERF_TYPE_SOFTWARE, ATTRIBUTES.size, PERF_COUNT_SW_BPF_OUTPUT, 1,
-            PERF_SAMPLE_TIME | PERF_SAMPLE_RAW, 0, PERF_WATERMARK | PERF_USE_CLOCKID, 0xFFFFFFFF,
-            0, 0, 0, 0, 0, 0, CLOCK_MONOTONIC, 0, 0,
-        )  # fmt: skip
         self.cpu = cpu
-        self.descriptor = perf.open_event(attributes, perf.EVERY_PROCESS, cpu)
+        self.descriptor = perf.open_bpf_output(cpu, timed=True)
         if self.descriptor < 0:
             raise OSError(-self.descriptor, os.strerror(-self.descriptor))
         self.size = pages * PAGE
@@ -72,8 +57,8 @@ class PerfRing:
                 f"cannot map a perf ring buffer of {self.size >> 10} KiB: {error.strerror}; raise"
                 " kernel.perf_event_mlock_kb, or run as root"
             ) from error
-        self._head = np.frombuffer(self._memory, np.uint64, 1, HEAD_AT)
-        self._tail = np.frombuffer(self._memory, np.uint64, 1, TAIL_AT)
+        self._head = np.frombuffer(self._memory, np.uint64, 1, perf_ring.DATA_HEAD)
+        self._tail = np.frombuffer(self._memory, np.uint64, 1, perf_ring.DATA_TAIL)
         self._data = np.frombuffer(self._memory, np.uint8, self.size, PAGE)
 
     def fill(self) -> float:
@@ -141,7 +126,7 @@ def perf_records(data: Bytes) -> Iterator[tuple[NDArray[np.int64], Bytes]]:
     The bytes have the shape (samples, bytes of one).
     """
     for header, run in _runs(data, lambda header: int(header) >> 48):
-        if header & 0xFFFFFFFF == PERF_RECORD_SAMPLE:
+        if header & 0xFFFFFFFF == perf_ring.PERF_RECORD_SAMPLE:
             times = np.ascontiguousarray(run[:, 8:16]).view(np.int64)[:, 0]
             yield times, run[:, SAMPLE_HEADER:]
 

@@ -31,12 +31,13 @@ _MAP_FIELD = re.compile(r"__(?:uint|type)\((\w+), (.*?)\);")
 _CONSTANT = re.compile(r"^const volatile (\w+) (\w+) = (\w+);", re.MULTILINE)
 _GLOBAL = re.compile(r"^(__u32|__u64) (\w+) = 0;", re.MULTILINE)
 _PROGRAM = re.compile(
-    r'^SEC\("tp_btf/(\w*)"\)\nint (?:WRITES(?:_MANY)?|BPF_PROG)\((\w+), ((?:[^()]|\n)*)\)\n\{',
+    r'^SEC\("tp_btf/(\w*)"\)\nint (WRITES(?:_MANY)?|BPF_PROG)\((\w+), ((?:[^()]|\n)*)\)\n\{',
     re.MULTILINE,
 )
 _LOOKUP = re.compile(r"\bbpf_map_lookup_elem\(&(\w+), ")
 _DELETE = re.compile(r"\bbpf_map_delete_elem\(&(\w+), ")
 _UPDATE = re.compile(r"\bbpf_map_update_elem\(&(\w+), ([^;]*?), BPF_(ANY|NOEXIST)\)")
+_OUTPUT = re.compile(r"\bbpf_perf_event_output\((\w+), &(\w+), BPF_F_CURRENT_CPU, ")
 _CONDITION = re.compile(r"[ \t]*#[ \t]*(ifdef|ifndef|if|elif|else|endif)\b")
 _PIECE = re.compile(r"/\*.*?\*/", re.DOTALL)
 
@@ -116,6 +117,8 @@ def translate(
     constants: Mapping[str, int],
     sizes: Mapping[str, int],
     value_bytes: Mapping[str, int],
+    *,
+    perf: bool = False,
 ) -> BccSource:
     """The probes' text in BCC's form.
 
@@ -124,6 +127,7 @@ def translate(
         constants: values of `const volatile` variables, in place of those in the source.
         sizes: of maps, in elements, likewise.
         value_bytes: of maps whose values user space sizes.
+        perf: records go through perf ring buffers, which programs fill when they end.
 
     Raises:
         LoadError: a map or a constant has a form that is not known here.
@@ -132,8 +136,9 @@ def translate(
     text = _CONSTANT.sub(lambda match: _constant(match, constants), text)
     text = _MAP.sub(lambda match: _map(match, source, sizes, value_bytes), text)
     text = _globals(text, source)
-    text = _PROGRAM.sub(lambda match: _program(match, source), text)
+    text = _PROGRAM.sub(lambda match: _program(match, source, perf=perf), text)
     text = _LOOKUP.sub(r"\1.lookup(", text)
+    text = _OUTPUT.sub(r"\2.perf_submit(\1, ", text)
     text = _DELETE.sub(r"\1.delete(", text)
     text = _UPDATE.sub(
         lambda match: f"{match[1]}.{'update' if match[3] == 'ANY' else 'insert'}({match[2]})", text
@@ -159,6 +164,8 @@ def _map(
 ) -> str:
     name, fields = match[2], dict(_MAP_FIELD.findall(match[1]))
     kind = MAP_TYPES.get(fields["type"].removeprefix("BPF_MAP_TYPE_"))
+    if fields["type"] == "BPF_MAP_TYPE_PERF_EVENT_ARRAY":
+        return f"BPF_PERF_OUTPUT({name});"
     if kind is None:
         return f"/* {name} is left out */"
     count = str(sizes.get(name, fields["max_entries"]))
@@ -167,7 +174,8 @@ def _map(
     if value is None:
         value = f"struct {name}_value"
         before = f"{value} {{ __u64 words[{-(-value_bytes[name] // 8)}]; }};\n"
-    flags = " | ".join(part.strip() for part in fields.get("map_flags", "0").split("|"))
+    # before 6.1 maps that grow as needed are not safe in programs of raw tracepoints, and the kernel warns
+    flags = "0" if kind == "hash" else fields.get("map_flags", "0")
     return f'{before}BPF_F_TABLE("{kind}", {fields.get("key", "__u32")}, {value}, {name}, {count}, {flags});'
 
 
@@ -207,12 +215,19 @@ def _globals(text: str, source: BccSource) -> str:
     )
 
 
-def _program(match: re.Match[str], source: BccSource) -> str:
-    tracepoint, name, arguments = match.groups()
+def _program(match: re.Match[str], source: BccSource, *, perf: bool) -> str:
+    tracepoint, macro, name, arguments = match.groups()
     source.programs[name] = tracepoint
     context = "struct bpf_raw_tracepoint_args *ctx"
     parameters = [" ".join(part.split()) for part in arguments.split(",")]
     types = [re.sub(r"\w+$", "", parameter).strip() for parameter in parameters]
     passed = "".join(f", ({kind})ctx->args[{at}]" for at, kind in enumerate(types))
     head = f"static __always_inline int body_{name}({context}, {', '.join(parameters)})"
-    return f"{head};\nint {name}({context})\n{{\n\treturn body_{name}(ctx{passed});\n}}\n{head}\n{{"
+    begin, end = "", ""
+    if perf and macro.startswith("WRITES"):
+        begin = "\t__u64 before = begin_level(LEVEL_PROGRAM);\n\n"
+        end = "\tend_level(ctx, LEVEL_PROGRAM, before, send_few);\n"
+    return (
+        f"{head};\nint {name}({context})\n{{\n{begin}\tbody_{name}(ctx{passed});\n{end}\treturn 0;\n}}\n"
+        f"{head}\n{{"
+    )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scope_ebpf import records
-from scope_ebpf.errors import FormatError, LoadError, UsageError
+from scope_ebpf.errors import FormatError, LoadError
 from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders import extras, hits, tls
 from scope_ebpf.loaders.cgroups import absence, descendants, mount_point
@@ -32,7 +32,7 @@ from scope_ebpf.loaders.python.functions import Spec
 from scope_ebpf.loaders.python.watch import PythonWatch
 from scope_ebpf.loaders.ring import Records, array_in
 from scope_ebpf.loaders.shared_globals import SharedGlobals
-from scope_ebpf.loaders.transport import Transport, choose_transport
+from scope_ebpf.loaders.transport import PerfBuffers, Transport, choose_transport
 from scope_ebpf.probe_specs import ProbeSpec
 from scope_ebpf.records import RecordLimits
 from scope_ebpf.syscalls import SYSCALLS
@@ -217,10 +217,6 @@ class Capture:
             from scope_ebpf.loaders.bcc_capture import check_options
 
             check_options(options.families, probes=bool(options.probes), calls=bool(options.calls))
-            if options.transport == "perf":
-                raise UsageError(
-                    "--loader bcc brings its records out through rings only; leave --transport perf away"
-                )
         self._rings: extras.RingWatch | None = None
         wanted = sorted(set(HIT_FAMILIES) & set(options.families))
         self._places_are_told = not (options.probes or wanted) or has_cookies()
@@ -229,8 +225,9 @@ class Capture:
             if options.probes:
                 raise LoadError(f"cannot use --probe: {reason}; record without it")
             self.notes.append(f"{' and '.join(wanted)} cannot be recorded: {reason}")
-        # BCC's form of the probes has rings only
-        transports = choose_transport("rings" if self.loader == "bcc" else options.transport)
+        transports = choose_transport(options.transport)
+        if self.loader == "bcc":  # compiling takes too long to try another one
+            transports = transports[:1]
         try:
             self._open(transports[0])
         except LoadError as error:
@@ -245,7 +242,9 @@ class Capture:
             )
 
     def _open(self, transport: type[Transport]) -> None:
-        self._object = bcc_object() if self.loader == "bcc" else BpfObject(transport.object_path)
+        self._object = (
+            bcc_object(transport) if self.loader == "bcc" else BpfObject(transport.object_path)
+        )
         self._transport = transport(self._object, self.cpus)
         try:
             self._load()
@@ -625,12 +624,12 @@ class Capture:
         return np.frombuffer(data, dtype=hot_dtype())
 
 
-def bcc_object() -> BpfObject:
+def bcc_object(transport: type[Transport]) -> BpfObject:
     """What BCC compiles: it has what is used here of a BpfObject."""
     # here, so that others need not wait for it
     from scope_ebpf.loaders.bcc_capture import BccObject
 
-    return cast(BpfObject, BccObject())
+    return cast(BpfObject, BccObject(perf=transport is PerfBuffers))
 
 
 def check_layout(opened: BpfObject) -> None:

@@ -8,7 +8,9 @@ import struct
 # include/uapi/linux/perf_event.h and hw_breakpoint.h, and the number of perf_event_open(2)
 PERF_TYPE_SOFTWARE, PERF_TYPE_BREAKPOINT = 1, 5
 PERF_COUNT_SW_CPU_CLOCK, PERF_COUNT_SW_BPF_OUTPUT = 0, 10
-PERF_SAMPLE_RAW, PERF_WATERMARK = 1 << 10, 1 << 14
+PERF_SAMPLE_TIME, PERF_SAMPLE_RAW = 1 << 2, 1 << 10
+PERF_WATERMARK, PERF_USE_CLOCKID = 1 << 14, 1 << 25
+CLOCK_MONOTONIC = 1
 NO_WAKEUP = 0xFFFFFFFF  # nobody waits for a ring: whoever reads it looks now and then
 PERF_SAMPLE_ADDR, PERF_FLAG_FD_CLOEXEC = 1 << 3, 8
 PERF_INHERIT, PERF_EXCLUDE_KERNEL, PERF_EXCLUDE_HYPERVISOR = 1 << 1, 1 << 5, 1 << 6
@@ -18,6 +20,8 @@ HW_BREAKPOINT_W, HW_BREAKPOINT_RW = 2, 3
 PERF_SYSCALL = {"x86_64": 298, "aarch64": 241}
 # type, size, config, period or frequency, sample type, read format, flags, wakeup, bp_type, bp_addr, bp_len
 ATTRIBUTES = struct.Struct("<2I5Q2I2Q")
+# what follows in the fifth version: branches, user registers, user stack, clock, registers, the rest
+CLOCK_ATTRIBUTES = struct.Struct("<2QIi2Q")
 EVERY_PROCESS = ANY_CPU = NO_GROUP = -1
 
 
@@ -30,13 +34,21 @@ def open_cpu_clock(cpu: int, frequency_hz: int) -> int:
     return open_event(attributes, EVERY_PROCESS, cpu)
 
 
-def open_bpf_output(cpu: int) -> int:
-    """An event for what BPF programs send on a CPU: a descriptor, or -errno."""
+def open_bpf_output(cpu: int, *, timed: bool = False) -> int:
+    """An event for what BPF programs send on a CPU: a descriptor, or -errno.
+
+    With `timed` each sample begins with the time of CLOCK_MONOTONIC.
+    """
+    kind, flags = PERF_SAMPLE_RAW, PERF_WATERMARK
+    clock = b""
+    if timed:
+        kind, flags = kind | PERF_SAMPLE_TIME, flags | PERF_USE_CLOCKID
+        clock = CLOCK_ATTRIBUTES.pack(0, 0, 0, CLOCK_MONOTONIC, 0, 0)
     attributes = ATTRIBUTES.pack(
-        PERF_TYPE_SOFTWARE, ATTRIBUTES.size, PERF_COUNT_SW_BPF_OUTPUT, 1, PERF_SAMPLE_RAW, 0,
-        PERF_WATERMARK, NO_WAKEUP, 0, 0, 0,
+        PERF_TYPE_SOFTWARE, ATTRIBUTES.size + len(clock), PERF_COUNT_SW_BPF_OUTPUT, 1, kind, 0,
+        flags, NO_WAKEUP, 0, 0, 0,
     )  # fmt: skip
-    return open_event(attributes, EVERY_PROCESS, cpu)
+    return open_event(attributes + clock, EVERY_PROCESS, cpu)
 
 
 def open_breakpoint(

@@ -301,7 +301,7 @@ GLOBAL int sum_headers(__u64 headers, __u32 count)
 					     __builtin_offsetof(struct user_mmsghdr, length)));
 		total += length;
 	}
-	return total;
+	return FORGET_BOUNDS(total);
 }
 
 /* Meets what a call made, before anything can move over it. */

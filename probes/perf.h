@@ -44,6 +44,22 @@ enum {
 const volatile __u32 wide_bytes = 512;
 const volatile __u32 possible_cpus = 1;
 /* Which loss it is when a record of a kind cannot be sent. */
+#ifdef SCOPE_BCC /* has no constants in memory: four bits for each kind, from 16 on in the second word */
+#define LOSS_OF(kind, loss) ((__u64)(loss) << 4 * ((kind) & 15))
+
+static __always_inline __u32 loss_of(__u8 kind)
+{
+	__u64 losses = LOSS_OF(RECORD_CALL, LOSS_SYSCALLS) | LOSS_OF(RECORD_MESSAGE, LOSS_MESSAGES) |
+		       LOSS_OF(RECORD_MESSAGE_CALL, LOSS_MESSAGES) | LOSS_OF(RECORD_OFFCPU, LOSS_OFFCPU) |
+		       LOSS_OF(RECORD_PROCESS, LOSS_PROCESSES) |
+		       LOSS_OF(RECORD_CONNECTION, LOSS_CONNECTIONS) |
+		       LOSS_OF(RECORD_PAYLOAD, LOSS_PAYLOADS) | LOSS_OF(RECORD_CONNECT, LOSS_CONNECTS);
+
+	if (kind > 15)
+		losses = LOSS_OF(RECORD_CGROUP, LOSS_PROCESSES);
+	return losses >> 4 * (kind & 15) & 15;
+}
+#else
 const volatile __u8 loss_of_kind[32] = {
 	[RECORD_CALL] = LOSS_SYSCALLS,
 	[RECORD_MESSAGE] = LOSS_MESSAGES,
@@ -65,6 +81,12 @@ const volatile __u8 loss_of_kind[32] = {
 	[RECORD_HIT] = LOSS_HITS,
 	[RECORD_PYTHON_CALL] = LOSS_HITS,
 };
+
+static __always_inline __u32 loss_of(__u8 kind)
+{
+	return loss_of_kind[kind & 31];
+}
+#endif
 
 /* What a run of a program has staged. */
 struct stage {
@@ -223,7 +245,7 @@ static __always_inline void commit(__u32 *sequence, __u64 index)
 
 static __always_inline void count_unsent(struct cpu_state *cpu, struct call *record)
 {
-	__u32 loss = loss_of_kind[record->kind & 31];
+	__u32 loss = loss_of(record->kind);
 
 	if (record->kind == RECORD_MESSAGE_CALL)
 		count_loss(cpu, LOSS_SYSCALLS);

@@ -203,7 +203,11 @@ static __always_inline __u64 through_memory(struct cpu_state *cpu, __u64 number)
 /* Keeps a loop's own count: BCC's compiler would count down a number whose bounds the verifier does not see. */
 #define KEEP_COUNT(count) asm volatile("" : "+r"(count))
 /* As UNKNOWN_TO_VERIFIER, slower: for what is rarely done. */
-#define FORGET_BOUNDS(number) read_word(&(number))
+#define FORGET_BOUNDS(number)               \
+	({                                  \
+		__u64 word_ = (number);     \
+		read_word(&word_);          \
+	})
 #else
 #define UNKNOWN_TO_VERIFIER(cpu, number) (number)
 #define KEEP_COUNT(count) ((void)0)

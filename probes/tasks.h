@@ -34,12 +34,18 @@ struct {
 	__type(value, struct task_record);
 } tasks SEC(".maps");
 
-/* Processes whose end was told: by tgid, when the process was made. */
+/* A process: its tgid may be another one's later. */
+struct process_key {
+	__u64 tgid;
+	__u64 made_ns;
+};
+
+/* Those whose end was told. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 8192);
-	__type(key, __u32);
-	__type(value, __u64);
+	__type(key, struct process_key);
+	__type(value, __u32);
 } ended SEC(".maps");
 
 static __always_inline struct task_record *record_of(struct task_struct *task)
@@ -99,13 +105,10 @@ static __always_inline void move_record(__u32 old_tid, __u32 tid)
 
 static __always_inline bool is_first_to_end(struct task_struct *leader)
 {
-	__u64 made_ns = FIELD(leader, start_boottime), *told;
-	__u32 key = FIELD(leader, tgid);
+	struct process_key key = {.tgid = FIELD(leader, tgid), .made_ns = FIELD(leader, start_boottime)};
+	__u32 told = 1;
 
-	told = bpf_map_lookup_elem(&ended, &key);
-	if (told)
-		return __sync_lock_test_and_set(told, made_ns) != made_ns;
-	return !bpf_map_update_elem(&ended, &key, &made_ns, BPF_NOEXIST);
+	return !bpf_map_update_elem(&ended, &key, &told, BPF_NOEXIST);
 }
 
 #else

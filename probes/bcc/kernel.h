@@ -39,6 +39,18 @@
 #ifndef SIGNAL_GROUP_EXIT
 #define SIGNAL_GROUP_EXIT 4
 #endif
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 15, 0) /* commit 84960bf24031 */
+struct unix_skb_parms {
+	struct pid *pid;
+	kuid_t uid;
+	kgid_t gid;
+	struct scm_fp_list *fp;
+#ifdef CONFIG_SECURITY_NETWORK
+	__u32 secid;
+#endif
+	__u32 consumed;
+};
+#endif
 
 #define CACHE_LINE 64
 #define GLOBAL static __always_inline

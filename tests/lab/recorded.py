@@ -39,7 +39,7 @@ FIRST_WITH_RINGS = (5, 13)
 # rings there.
 FIRST_WITHOUT_PERF = (7, 0)
 # Its programs are not accepted by the verifiers of all kernels yet, and a compile takes a minute in a guest.
-WITH_BCC = bool(os.environ.get("LAB_BCC"))
+WITH_BCC = True
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from scope_ebpf.errors import FormatError, LoadError, UsageError
 from scope_ebpf.families import TABLES
 from scope_ebpf.loaders import bcc, bcc_rings
-from scope_ebpf.loaders.bcc_capture import check_options, kernel_version
+from scope_ebpf.loaders.bcc_capture import check_options
 from scope_ebpf.loaders.bcc_fields import check_layout, own_table, plain_code
 from scope_ebpf.loaders.bcc_life import parse_call
 from scope_ebpf.loaders.bcc_programs import Place, find_places, read_source, table_names
@@ -246,8 +246,8 @@ def test_options():
 
 
 def test_kernel_version():
-    assert kernel_version("5.10.0-46-cloud-amd64") == (5, 10)
-    assert kernel_version("6.12+deb13") == (6, 12)
+    assert bcc.kernel_version("5.10.0-46-cloud-amd64") == (5, 10)
+    assert bcc.kernel_version("6.12+deb13") == (6, 12)
 
 
 def test_call_of_a_sleeper():
