@@ -32,6 +32,9 @@ INSTALL = "run `sudo apt install python3-bpfcc` (other distributions: python3-bc
 NEWER_HEADERS = Path(__file__).resolve().parent.parent / "probes" / "bcc" / "newer_headers.h"
 # From this version on the kernel's headers need it (commit c4781dc3d1cf).
 MICROSOFT_EXTENSIONS = (6, 19)
+# From this version on another task may run before a program at a tracepoint has ended (commit a46023d5616e):
+# what programs keep per CPU would be mixed up, and BCC cannot call what keeps the CPU.
+PREEMPTED = (7, 0)
 # Lines of the compiler and the verifier that are shown.
 COMPILER_LINES = 24
 VERIFIER_LINES = 4
@@ -108,6 +111,19 @@ def check_headers() -> None:
         raise LoadError(
             f"cannot compile with BCC: the headers of Linux {release} are not installed; run"
             f" `sudo apt install linux-headers-{release}`, or set BCC_KERNEL_SOURCE to where they are"
+        )
+
+
+def check_kernel(release: str) -> None:
+    """Refuse kernels on which the capture cannot be right under BCC.
+
+    Raises:
+        LoadError: with the reason.
+    """
+    if kernel_version(release) >= PREEMPTED:
+        raise LoadError(
+            f"cannot record with --loader bcc on Linux {release}: since 7.0 programs can be interrupted by"
+            " other tasks, which BCC cannot prevent; use --loader libbpf"
         )
 
 

@@ -65,8 +65,9 @@ class BccObject:
             perf: records go through perf ring buffers, not through mapped rings.
 
         Raises:
-            LoadError: BCC or the kernel's headers are not there.
+            LoadError: BCC or the kernel's headers are not there, or it cannot work on this kernel.
         """
+        bcc.check_kernel(os.uname().release)
         bcc.load_bcc()
         bcc.check_headers()
         self._perf = perf

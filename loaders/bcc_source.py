@@ -31,7 +31,7 @@ _MAP_FIELD = re.compile(r"__(?:uint|type)\((\w+), (.*?)\);")
 _CONSTANT = re.compile(r"^const volatile (\w+) (\w+) = (\w+);", re.MULTILINE)
 _GLOBAL = re.compile(r"^(__u32|__u64) (\w+) = 0;", re.MULTILINE)
 _PROGRAM = re.compile(
-    r'^SEC\("tp_btf/(\w*)"\)\nint (WRITES(?:_MANY)?|BPF_PROG)\((\w+), ((?:[^()]|\n)*)\)\n\{',
+    r'^SEC\("tp_btf/(\w*)"\)\nint (WRITES\w*|BPF_PROG)\((\w+), ((?:[^()]|\n)*)\)\n\{',
     re.MULTILINE,
 )
 _LOOKUP = re.compile(r"\bbpf_map_lookup_elem\(&(\w+), ")

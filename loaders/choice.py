@@ -1,5 +1,6 @@
 """Which loader brings the probes into this kernel; apart from the loaders, which take long to import."""
 
+import os
 from pathlib import Path
 
 from scope_ebpf.errors import LoadError
@@ -18,6 +19,7 @@ def choose_loader(wanted: str) -> str:
     if bcc.headers() is None:
         return "libbpf"
     try:
+        bcc.check_kernel(os.uname().release)
         bcc.find_bcc()
     except LoadError:
         return "libbpf"

@@ -458,6 +458,12 @@ def check_bcc() -> Check:
         # nothing else needs it: it is not offered, and the cause says why
         return replace(failed(name, error), works=None)
     version = bcc.load_bcc().__version__
+    try:
+        bcc.check_kernel(platform.release())
+    except ScopeError as error:
+        refused = failed(name, error)
+        detail = f"{refused.detail}; BCC {version} compiles for this kernel: --bcc-probe"
+        return replace(refused, works=None, detail=detail)
     return Check(name, True, f"BCC {version} compiles for this kernel: --bcc-probe, --loader bcc")
 
 

@@ -112,25 +112,31 @@ static __always_inline void meet_ends(struct cpu_state *cpu, __u8 class, struct 
 {
 	bool idle = class >= MESSAGE_BIRTH_RESULT, receive = class & MESSAGE_RECEIVE;
 	struct task_struct *task = CURRENT_TASK();
+	__u64 met = 0, first = cpu->flight.arg0, second = -1, i;
 	struct target_end end;
-	int fds[2] = {};
-	__u64 met = 0, i;
+	int fds[2];
 
-	fds[0] = cpu->flight.arg0;
-	fds[1] = -1;
-	if (class == MESSAGE_BIRTH_RESULT)
-		fds[0] = result;
-	else if (class == MESSAGE_BIRTH_PAIR || class == MESSAGE_BIRTH_FOURTH)
-		bpf_probe_read_user(fds, sizeof(fds),
-				    (void *)(class == MESSAGE_BIRTH_PAIR ? cpu->flight.arg0
-									 : SYSCALL_ARG3(regs)));
-	else if (class == MESSAGE_SPLICE) {
-		fds[1] = cpu->flight.arg2;
+	cpu->reserved2[HANDED_FRESH] = 0;
+	if (class == MESSAGE_BIRTH_RESULT) {
+		first = result;
+	} else if (class == MESSAGE_BIRTH_PAIR || class == MESSAGE_BIRTH_FOURTH) {
+		if (bpf_probe_read_user(fds, sizeof(fds),
+					(void *)(class == MESSAGE_BIRTH_PAIR ? cpu->flight.arg0
+									     : SYSCALL_ARG3(regs))))
+			return;
+		first = fds[0];
+		second = fds[1];
+	} else if (class == MESSAGE_SPLICE) {
+		second = cpu->flight.arg2;
 		receive = true;
 	}
+	first = UNKNOWN_TO_VERIFIER(cpu, first);
+	second = UNKNOWN_TO_VERIFIER(cpu, second);
+	receive = UNKNOWN_TO_VERIFIER(cpu, receive);
+	idle = UNKNOWN_TO_VERIFIER(cpu, idle);
 #pragma clang loop unroll(disable)
 	for (i = 0; i < 2; i++) {
-		if (!resolve(task, i ? fds[1] : fds[0], &end))
+		if (!resolve(task, i ? second : first, &end))
 			continue;
 		if ((!idle || counts_bytes(&end)) && meet(&end, idle))
 			met |= i || !receive ? 2 : 1;
@@ -399,6 +405,7 @@ static __always_inline bool write_message(struct cpu_state *cpu, struct pt_regs 
 		flags |= FLAG_RECEIVE;
 	flags = UNKNOWN_TO_VERIFIER(cpu, flags);
 	length = UNKNOWN_TO_VERIFIER(cpu, length);
+	shape = UNKNOWN_TO_VERIFIER(cpu, shape);
 #pragma clang loop unroll(disable)
 	for (i = 0; i < 2; i++) {
 		done = write_end(WITH_CPU fd, length, duration_ns, flags) && flags & ALSO_CALL;

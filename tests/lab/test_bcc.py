@@ -11,15 +11,23 @@ import polars as pl
 import pytest
 
 from scope_ebpf.families import BCC_FAMILIES
+from tests.conftest import OPTIONAL
+from tests.lab.recorded import FIRST_WITHOUT_BCC, KERNEL
 from tests.live import recording
 from tests.live.recording import Target, attached
 
 # a compile takes up to two minutes in an emulated guest
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 
 PROGRAMS = Path(__file__).with_name("programs")
 EVERYTHING = (sys.executable, PROGRAMS / "everything.py")
 GETPPIDS, MISSING, SLEEPS = 24, 11, 7
+
+
+OFFERED = KERNEL < FIRST_WITHOUT_BCC
+loader_is_offered = pytest.mark.skipif(
+    not OFFERED, reason=OPTIONAL + "--loader bcc is refused here, as test_refusal finds"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +55,9 @@ def recorded(tmp_path_factory, *options):
 
 @pytest.fixture(scope="module")
 def bcc(tmp_path_factory):
-    """The work recorded by BCC, and by a program of the user's beside it."""
+    """The work recorded by BCC where it can, and by a program of the user's beside it."""
     own = ("--bcc-probe", PROGRAMS / "getppids.c")
-    return recorded(tmp_path_factory, "--loader", "bcc", *own)
+    return recorded(tmp_path_factory, "--loader", "bcc" if OFFERED else "libbpf", *own)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +66,22 @@ def libbpf(tmp_path_factory):
     return recorded(tmp_path_factory, "--loader", "libbpf")
 
 
+@loader_is_offered
 def test_meta_tells_the_loader(bcc, libbpf):
     assert bcc.recording.meta.loader == "bcc"
     assert libbpf.recording.meta.loader == "libbpf"
+
+
+@pytest.mark.skipif(OFFERED, reason=OPTIONAL + "--loader bcc works here")
+def test_refusal(tmp_path):
+    """Where programs can be interrupted by other tasks it says so, and records nothing."""
+    families = ("--families", "processes", "--loader", "bcc")
+    command = [recording.COMMAND, "run", "-o", tmp_path / "a.scope", *families, "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1
+    assert "cannot record with --loader bcc on Linux" in done.stderr
+    assert "use --loader libbpf" in done.stderr
+    assert not (tmp_path / "a.scope").exists()
 
 
 def counted(session, table, *columns, **chosen) -> Counter[tuple[object, ...]]:
@@ -71,6 +92,7 @@ def counted(session, table, *columns, **chosen) -> Counter[tuple[object, ...]]:
     return Counter(rows.select(columns).iter_rows())
 
 
+@loader_is_offered
 def test_the_same_processes(bcc, libbpf):
     columns = ("event", "command_line", "exit_code", "signal", "comm")
     expected, found = (counted(session, "processes", *columns) for session in (libbpf, bcc))
@@ -78,6 +100,7 @@ def test_the_same_processes(bcc, libbpf):
     assert sum(expected.values()) >= 11
 
 
+@loader_is_offered
 def test_the_same_system_calls(bcc, libbpf):
     columns = ("name", "error", "status")
     expected, found = (counted(session, "syscalls", *columns) for session in (libbpf, bcc))
@@ -91,6 +114,7 @@ def test_the_same_system_calls(bcc, libbpf):
     assert found["clock_nanosleep", None, "complete"] == SLEEPS + 1
 
 
+@loader_is_offered
 def test_the_same_messages(bcc, libbpf):
     columns = ("direction", "kind", "name", "length_bytes", "turn", "exact", "peek", "payload")
     expected, found = (counted(session, "messages", *columns) for session in (libbpf, bcc))
@@ -98,6 +122,7 @@ def test_the_same_messages(bcc, libbpf):
     assert sum(expected.values()) > 200
 
 
+@loader_is_offered
 def test_the_same_ranges(bcc, libbpf):
     """Every byte that was sent is one that was received, in both."""
     for session in (libbpf, bcc):
@@ -106,6 +131,7 @@ def test_the_same_ranges(bcc, libbpf):
         assert reasons[None] > 100, reasons
 
 
+@loader_is_offered
 def test_the_same_connects(bcc, libbpf):
     columns = ("kind", "remote_address", "error")
     expected, found = (counted(session, "connects", *columns) for session in (libbpf, bcc))
@@ -113,6 +139,7 @@ def test_the_same_connects(bcc, libbpf):
     assert found["tcp", "127.0.0.1", "ECONNREFUSED"] == 1
 
 
+@loader_is_offered
 def test_the_same_sleeps(bcc, libbpf):
     for session in (libbpf, bcc):
         rows = session.table("offcpu").filter(name="clock_nanosleep", status="complete", state="S")

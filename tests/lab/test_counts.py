@@ -22,7 +22,7 @@ from tests.lab import workload
 from tests.lab.recorded import CORE, KERNEL, Way, record_workload, ways
 from tests.live.recording import Session
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 
 MASK = 2**64 - 1
 ERRNO = {"close": 9, "openat": 2, "dup3": 22}

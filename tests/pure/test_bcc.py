@@ -245,6 +245,17 @@ def test_options():
     assert choose_loader("bcc") == "bcc"
 
 
+def test_kernels_that_preempt_programs_are_refused():
+    with pytest.raises(LoadError, match=r"on Linux 7\.3\.4: since 7\.0 .*; use --loader libbpf"):
+        bcc.check_kernel("7.3.4")
+    bcc.check_kernel("6.18.44")
+
+
+def test_flags_for_newer_headers():
+    assert bcc.header_flags("6.18.1") == []
+    assert bcc.header_flags("6.19.0") == ["-fms-extensions"]
+
+
 def test_kernel_version():
     assert bcc.kernel_version("5.10.0-46-cloud-amd64") == (5, 10)
     assert bcc.kernel_version("6.12+deb13") == (6, 12)
@@ -276,6 +287,25 @@ def test_translation_of_all_probes():
     assert 'BPF_F_TABLE("array", __u32, struct hot_slot, hot, 64, BPF_F_MMAPABLE);' in source.text
     assert "bpf_core_" not in source.text.replace("bpf_core_type_size", "")
     assert {"entries_seen", "marks_wanted"} <= set(source.globals)
+
+
+def test_translation_for_perf_buffers():
+    """Programs send what they have staged when they end, and none needs an atomic with a result."""
+    defined = {"SCOPE_BCC": True, "PERF_TRANSPORT": True, "OLD_KERNELS": False}
+    source = translate(
+        joined("bcc/capture.h", defined),
+        {},
+        {"cpus": 2},
+        {"staged_wide": 576, "gathered": 1024},
+        perf=True,
+    )
+    assert "BPF_PERF_OUTPUT(hot);" in source.text and "BPF_PERF_OUTPUT(wide);" in source.text
+    assert "hot.perf_submit(context, record, HOT_SLOT_BYTES)" in source.text
+    programs = source.text.split("\nint on_exit(")[1].split("\n}")[0]
+    assert "begin_level(LEVEL_PROGRAM);" in programs
+    assert "end_level(ctx, LEVEL_PROGRAM, before, send_few);" in programs
+    assert "begin_level" not in source.text.split("\nint on_sched_waking(")[1].split("\n}")[0]
+    assert "__sync_lock_test_and_set" not in source.text
 
 
 def test_tables_are_all_named():
