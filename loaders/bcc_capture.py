@@ -27,7 +27,7 @@ GLOBALS_MAP = "scope_global"
 # Programs that others call, by the map that leads to them.
 STAGES = {"on_message": "stages"}
 ITERATORS = ("on_mark_tasks", "on_list_files", "on_list_open")
-# Attached like the others where they exist: iterators, and what forgets tasks whose key is an address.
+# What the capture attaches and BCC lacks: iterators, and what forgets the addresses of tasks.
 NOT_THERE = (*ITERATORS, "on_free")
 # Globals of probes that are not there: user space may write them all the same.
 UNUSED_GLOBALS = ("tls_wanted", "hits_wanted", "calls_wanted")
