@@ -12,7 +12,7 @@ import pytest
 
 from scope_ebpf.families import BCC_FAMILIES
 from tests.conftest import OPTIONAL
-from tests.lab.recorded import FIRST_WITHOUT_BCC, KERNEL
+from tests.lab.recorded import ATTACH_SECONDS, FIRST_WITHOUT_BCC, KERNEL
 from tests.live import recording
 from tests.live.recording import Target, attached
 
@@ -22,24 +22,19 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 PROGRAMS = Path(__file__).with_name("programs")
 EVERYTHING = (sys.executable, PROGRAMS / "everything.py")
 GETPPIDS, MISSING, SLEEPS = 24, 11, 7
-
-
 OFFERED = KERNEL < FIRST_WITHOUT_BCC
 loader_is_offered = pytest.mark.skipif(
     not OFFERED, reason=OPTIONAL + "--loader bcc is refused here, as test_refusal finds"
 )
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    """What is waited for is slow here."""
-    monkeypatch.setattr(recording, "ATTACH_SECONDS", 300)
-
-
 def record(directory, *options):
     """Record the workload; the session."""
     directory.mkdir()
-    with Target(*EVERYTHING) as target, attached(directory, target, *options) as session:
+    with (
+        Target(*EVERYTHING) as target,
+        attached(directory, target, *options, attach_seconds=ATTACH_SECONDS) as session,
+    ):
         target.work()
     assert session.table("losses").is_empty()
     return session
@@ -47,10 +42,8 @@ def record(directory, *options):
 
 def recorded(tmp_path_factory, *options):
     """The session of one loader."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recording, "ATTACH_SECONDS", 300)
-        families = ("--families", ",".join(BCC_FAMILIES))
-        return record(tmp_path_factory.mktemp("loader") / "it", *families, *options)
+    families = ("--families", ",".join(BCC_FAMILIES))
+    return record(tmp_path_factory.mktemp("loader") / "it", *families, *options)
 
 
 @pytest.fixture(scope="module")
