@@ -224,6 +224,7 @@ def _program(match: re.Match[str], source: BccSource, *, perf: bool) -> str:
     passed = "".join(f", ({kind})ctx->args[{at}]" for at, kind in enumerate(types))
     head = f"static __always_inline int body_{name}({context}, {', '.join(parameters)})"
     begin, end = "", ""
+    # on_message takes over from on_sys_exit, whose end is not reached: all programs here are of one level
     if perf and macro.startswith("WRITES"):
         begin = "\t__u64 before = begin_level(LEVEL_PROGRAM);\n\n"
         end = "\tend_level(ctx, LEVEL_PROGRAM, before, send_few);\n"
