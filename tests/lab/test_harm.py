@@ -125,7 +125,7 @@ def test_kills(target, way, results):
     (results / f"harm-kills-{way}.json").write_text(json.dumps(note))
 
 
-@pytest.mark.parametrize("way", ways(), ids=str)
+@pytest.mark.parametrize("way", quick_ways(), ids=str)
 def test_commands_that_are_stopped(target, way, tmp_path):
     """The command itself, ended in good order."""
     for turn in range(COMMANDS):
@@ -136,7 +136,7 @@ def test_commands_that_are_stopped(target, way, tmp_path):
             assert session.wait() == 0, session.talk
 
 
-@pytest.mark.parametrize("way", ways(), ids=str)
+@pytest.mark.parametrize("way", quick_ways(), ids=str)
 def test_commands_that_are_killed(target, way, tmp_path):
     """The command itself, killed at any moment from its first to some time at work."""
     moments = random.Random(SEED)
