@@ -23,7 +23,9 @@ from scope_ebpf.loaders.libbpf import (
     Uprobe,
     has_cookies,
     possible_cpus,
+    programs_are_preempted,
     tracepoint_arguments,
+    tracepoint_event_refusal,
 )
 from scope_ebpf.loaders.newcomers import Newcomers
 from scope_ebpf.loaders.probed_files import MetFiles
@@ -39,6 +41,9 @@ from scope_ebpf.syscalls import SYSCALLS
 
 LIFE_PROGRAMS = ("on_fork", "on_exec", "on_exit", "on_sched_switch")
 CALL_PROGRAMS = ("on_sys_exit", "on_sys_enter")
+# Where these can be preempted, and are left out for other threads meanwhile, others take their place: see
+# probes/syscalls.h.
+EVENT_PROGRAMS = frozenset(("on_exec", "on_exit", *CALL_PROGRAMS))
 CGROUP_PROGRAMS = ("on_cgroup_mkdir", "on_cgroup_attach")
 ITERATORS = ("on_mark_tasks", "on_list_open")
 FILE_ITERATORS = ("on_list_files",)  # of the messages family
@@ -279,7 +284,7 @@ class Capture:
         that no entry is seen without its exit.
         """
         families = self.options.families
-        chosen: tuple[str, ...] = (*self._transport.programs, *LIFE_PROGRAMS)
+        chosen: tuple[str, ...] = (*self._transport.programs, *self._as_events(LIFE_PROGRAMS))
         if self.options.cgroup is not None or self.options.everything:
             chosen += CGROUP_PROGRAMS
         if "offcpu" in families:
@@ -296,6 +301,17 @@ class Capture:
     def _records_calls(self) -> bool:
         return bool({"syscalls", "messages", *watch.FAMILIES} & set(self.options.families))
 
+    def _call_programs(self) -> tuple[str, ...]:
+        if not self._records_calls():
+            return ()
+        return self._as_events(CALL_PROGRAMS)
+
+    def _as_events(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """What is loaded in the place of these."""
+        if not self._by_events:
+            return names
+        return tuple(f"{name}_event" if name in EVENT_PROGRAMS else name for name in names)
+
     def _follows_python(self) -> bool:
         return bool(set(watch.FAMILIES) & set(self.options.families))
 
@@ -303,11 +319,19 @@ class Capture:
         options, families = self.options, self.options.families
         if self.loader == "libbpf":
             check_layout(self._object)
+        self._preempted = self.loader == "libbpf" and programs_are_preempted()
+        refusal = tracepoint_event_refusal("raw_syscalls/sys_enter") if self._preempted else ""
+        self._by_events = self._preempted and not refusal
+        if refusal:
+            self.notes.append(
+                "calls are lost (and counted) while a thread waits for its CPU inside of a probe, since the"
+                f" probes can be no perf events: {refusal}"
+            )
         self._object.select(
             {
                 *self._programs(),
                 *self._iterators(),
-                *(CALL_PROGRAMS if self._records_calls() else ()),
+                *self._call_programs(),
                 *(tls.PROGRAMS if "tls" in families else ()),
                 *(watch.UPROBES if self._follows_python() else ()),
                 *(("on_tick",) if "samples" in families else ()),
@@ -327,6 +351,7 @@ class Capture:
             follow_children=options.follow or options.cgroup is not None,
             seek_cgroups=options.cgroup is not None,
             switch_tells_state=tracepoint_arguments("sched_switch") >= 4,
+            programs_are_preempted=self._preempted,
             recorder_tgid=os.getpid(),
             payload_limit=options.payload_bytes,
             message_classes=message_classes(os.uname().machine),
@@ -428,7 +453,7 @@ class Capture:
             calls.attach_calls(self._object, found)
             self._calls_wanted[0] = 1
         if self._records_calls():
-            self._object.attach(*CALL_PROGRAMS)
+            self._object.attach(*self._call_programs())
             self._entries_seen[0] = 1
         if self._rings is not None:
             # connections are met later: what moves from now on is counted
@@ -576,7 +601,11 @@ class Capture:
 
     def marks_wanted(self) -> int:
         """How often so far the kernel saw something that mark_tasks() has to take up."""
-        return int(self._marks[0])
+        wanted = int(self._marks[0])
+        if self._preempted:
+            # a child of a recorded thread may not be recorded
+            wanted += self._object.misses("on_fork")
+        return wanted
 
     def drain(self) -> Batch:
         """Everything that is complete in the rings now.
@@ -617,8 +646,8 @@ class Capture:
             self._rings.stop()
         if self._pythons is not None:
             self._pythons.stop()
-        self._object.detach("on_sys_enter")
-        self._object.detach("on_sys_exit")
+        for name in reversed(self._call_programs()):
+            self._object.detach(name)
         data = self._object.iterate("on_list_open")
         self._object.detach(*self._programs(), *self._iterators())
         return np.frombuffer(data, dtype=hot_dtype())

@@ -22,7 +22,7 @@ from scope_ebpf.loaders.capture import (
     check_layout,
     number_of,
 )
-from scope_ebpf.loaders.libbpf import BpfObject, library
+from scope_ebpf.loaders.libbpf import BpfObject, counts_as_locked, library
 from scope_ebpf.loaders.python.calls import try_breakpoint
 from scope_ebpf.loaders.python.checks import InterpreterReport, report_file, report_process
 from scope_ebpf.loaders.python.files import interpreters_in_path
@@ -488,8 +488,13 @@ def tell_settings() -> Check:
         "settings",
         None,
         f"{', '.join(values)}, memlock {shown}",
-        "none matters: the first two do not bind who has the capabilities,"
-        " and BPF does not count as locked memory since Linux 5.11",
+        "unprivileged_bpf_disabled does not bind who has the capabilities; with perf_event_paranoid=3"
+        " kernels of some distributions ask for CAP_SYS_ADMIN; "
+        + (
+            "before Linux 5.11 BPF counts as locked memory of who lacks CAP_SYS_RESOURCE"
+            if counts_as_locked()
+            else "BPF does not count as locked memory since Linux 5.11"
+        ),
     )
 
 

@@ -8,6 +8,8 @@ import errno
 import functools
 import mmap
 import os
+import re
+import resource
 import struct
 import threading
 from collections.abc import Iterable, Sequence
@@ -19,7 +21,7 @@ from typing import NamedTuple
 from scope_ebpf.errors import LoadError
 from scope_ebpf.loaders.btf import Btf
 from scope_ebpf.loaders.elf import ElfObject
-from scope_ebpf.loaders.perf import open_cpu_clock
+from scope_ebpf.loaders.perf import open_cpu_clock, open_tracepoint
 
 # A function of newer kernels (6.2) that the probes do without: see probes/kernel.h.
 NO_FUNCTION = b"scope_ebpf has no such function"
@@ -32,6 +34,10 @@ LOG_BYTES = 1 << 20  # libbpf hands over the whole log of the verifier at once
 PRINT_CALLBACK = c.CFUNCTYPE(c.c_int, c.c_int, c.c_char_p, c.c_void_p)
 # include/uapi/linux/bpf.h, and the number of bpf(2)
 BPF_LINK_CREATE, BPF_TRACE_UPROBE_MULTI = 28, 48
+# include/uapi/linux/bpf.h: struct bpf_prog_info up to recursion_misses, which is the last of these bytes
+RECURSION_MISSES = 208
+PROGRAM_INFO_BYTES = RECURSION_MISSES + 8
+TRACEFS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 BPF_SYSCALL = {"x86_64": 321, "aarch64": 280}
 MULTI_UPROBE = struct.Struct("<4I4Q3I")
 CAUSES = {
@@ -137,6 +143,7 @@ class _Library:
             "bpf_program__set_attach_target", number, pointer, number, text
         )
         self.program_fd = function("bpf_program__fd", number, pointer)
+        self.object_info = function("bpf_obj_get_info_by_fd", number, number, pointer, pointer)
         self.find_program = function("bpf_object__find_program_by_name", pointer, pointer, text)
         self.attach = function("bpf_program__attach", pointer, pointer)
         self.attach_uprobe = function(
@@ -201,9 +208,20 @@ def library() -> _Library:
         return _library
 
 
+def counts_as_locked() -> bool:
+    """Whether BPF counts against RLIMIT_MEMLOCK: before 5.11, for who has no CAP_SYS_RESOURCE."""
+    return tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) < (5, 11)
+
+
 def explain(number: int, log: list[str]) -> str:
     """A clause that says why libbpf failed: the error's cause and the telling line of its log."""
     cause = CAUSES.get(number, os.strerror(number))
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if number == errno.EPERM and limit != resource.RLIM_INFINITY and counts_as_locked():
+        cause += (
+            f"; or raise the limit of locked memory (ulimit -l), which is {limit >> 10} KiB: before Linux"
+            " 5.11 BPF counts against it"
+        )
     noise = ("processed ", "-- ", "verification time", "stack depth", "libbpf: -- ")
     lines = [
         line.strip().removeprefix("libbpf: ")
@@ -467,6 +485,14 @@ class BpfObject:
         with open(descriptor, "rb", buffering=0) as stream:
             return b"".join(iter(lambda: stream.read(1 << 16), b""))
 
+    def misses(self, name: str) -> int:
+        """How often the kernel left a program out, since it ran on that CPU already; 0: it tells not."""
+        data, length = c.create_string_buffer(PROGRAM_INFO_BYTES), c.c_uint32(PROGRAM_INFO_BYTES)
+        descriptor = self._lib.program_fd(self._program(name))
+        if self._lib.object_info(descriptor, data, c.byref(length)) or length.value < len(data):
+            return 0
+        return int.from_bytes(data.raw[RECURSION_MISSES : RECURSION_MISSES + 8], "little")
+
     def map_fd(self, name: str) -> int:
         """The descriptor of a map."""
         return int(self._lib.map_fd(self._map(name)))
@@ -576,6 +602,36 @@ def has_kernel_struct(name: str) -> bool:
         return types.has_struct(name)
 
 
+def programs_are_preempted() -> bool:
+    """Whether another task may run before a program at a tracepoint has ended.
+
+    From 7.0 on tracepoints are guarded by srcu_fast_notrace (commit a46023d5616e), no more by disabled
+    preemption. The type of that guard is in the kernel's BTF since then: 6.18 has none.
+    """
+    with KernelTypes() as types:
+        return types.has_typedef("class_srcu_fast_notrace_t")
+
+
+def tracepoint_event_refusal(name: str) -> str:
+    """Why perf opens no event for a tracepoint, as raw_syscalls/sys_enter; empty: it does."""
+    for folder in TRACEFS:
+        try:
+            number = int((folder / "events" / name / "id").read_text())
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            return f"{folder} cannot be read: {error.strerror}; run as root"
+        descriptor = open_tracepoint(number)
+        if descriptor >= 0:
+            os.close(descriptor)
+            return ""
+        return (
+            f"perf refuses it: {os.strerror(-descriptor)}, with kernel.perf_event_paranoid ="
+            f" {perf_event_paranoid()}; run as root, or `sysctl kernel.perf_event_paranoid=2`"
+        )
+    return "tracefs is not mounted; run `mount -t tracefs none /sys/kernel/tracing`"
+
+
 def _multi_uprobe(program_fd: int, path: Path, places: Sequence[Uprobe], at_return: bool) -> int:
     """bpf(BPF_LINK_CREATE), which libbpf 1.1 does not know for this: a descriptor, or -errno."""
     name, count = c.create_string_buffer(os.fsencode(path)), len(places)
@@ -628,6 +684,10 @@ class KernelTypes:
     def has_struct(self, name: str) -> bool:
         """Whether there is such a struct."""
         return self._find(name, 4) > 0  # BTF_KIND_STRUCT
+
+    def has_typedef(self, name: str) -> bool:
+        """Whether there is such a typedef."""
+        return self._find(name, 8) > 0  # BTF_KIND_TYPEDEF
 
     def offset(self, struct_name: str, member: str) -> int | None:
         """How many bytes into a struct a member lies; None if there is none, or it is a bit field."""

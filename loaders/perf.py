@@ -6,7 +6,7 @@ import os
 import struct
 
 # include/uapi/linux/perf_event.h and hw_breakpoint.h, and the number of perf_event_open(2)
-PERF_TYPE_SOFTWARE, PERF_TYPE_BREAKPOINT = 1, 5
+PERF_TYPE_SOFTWARE, PERF_TYPE_TRACEPOINT, PERF_TYPE_BREAKPOINT = 1, 2, 5
 PERF_COUNT_SW_CPU_CLOCK, PERF_COUNT_SW_BPF_OUTPUT = 0, 10
 PERF_SAMPLE_TIME, PERF_SAMPLE_RAW = 1 << 2, 1 << 10
 PERF_WATERMARK, PERF_USE_CLOCKID = 1 << 14, 1 << 25
@@ -49,6 +49,14 @@ def open_bpf_output(cpu: int, *, timed: bool = False) -> int:
         flags, NO_WAKEUP, 0, 0, 0,
     )  # fmt: skip
     return open_event(attributes + clock, EVERY_PROCESS, cpu)
+
+
+def open_tracepoint(number: int) -> int:
+    """An event for a tracepoint, by its number in tracefs: a descriptor, or -errno."""
+    attributes = ATTRIBUTES.pack(
+        PERF_TYPE_TRACEPOINT, ATTRIBUTES.size, number, 1, PERF_SAMPLE_RAW, 0, 0, 1, 0, 0, 0
+    )
+    return open_event(attributes, EVERY_PROCESS, 0)
 
 
 def open_breakpoint(

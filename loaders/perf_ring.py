@@ -192,7 +192,8 @@ class PerfMemory:
             os.close(self.descriptor)
             raise LoadError(
                 f"cannot map a perf ring buffer of {size >> 10} KiB: {error.strerror};"
-                " grant CAP_IPC_LOCK, or raise the sysctl kernel.perf_event_mlock_kb"
+                " grant CAP_IPC_LOCK, or raise the limit of locked memory (ulimit -l) or the sysctl"
+                " kernel.perf_event_mlock_kb"
             ) from error
 
     def ring(self, dtype: np.dtype[Any], tail: NDArray[np.uint64]) -> PerfRing:

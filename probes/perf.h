@@ -6,9 +6,9 @@
  * cannot be given. So records are staged in memory of this CPU, and each program sends what it has staged
  * when it ends. A stage belongs to one run of a program at a time, so that no record is torn:
  *   LEVEL_PROGRAM: tracepoints and traps from user mode. Nothing that they share a stage with can interrupt
- *                  them: the kernel runs them with preemption off.
+ *                  them: the kernel runs them with preemption off, or they stay() themselves.
  *   LEVEL_CLOCK:   the sampling clock, which interrupts the others.
- *   LEVEL_TASK:    uprobes and iterators. From 5.19 on (commit 8c7dcb84e3b7) another task may run, and hit
+ *   LEVEL_TASK:    uprobes and iterators. From 6.0 on (commit 8c7dcb84e3b7) another task may run, and hit
  *                  a probe, before such a program ends: so there are a few stages, and each has an owner.
  * The first two end before what they interrupted goes on, so that this CPU's `level` tells whose turn it is.
  *
@@ -365,21 +365,26 @@ static __always_inline void end_level(void *context, __u64 level, __u64 before,
 
 /* A program that writes a few records, at a tracepoint: as BPF_PROG(). */
 #define WRITES(name, args...) WRITES_UP_TO(few, name, ##args)
+/* Here the same, see rings.h. */
+#define WRITES_HOT(name, args...) WRITES_UP_TO(few, name, ##args)
 /* Likewise, that may tell stacks. */
-#define WRITES_MANY(name, args...) WRITES_UP_TO(many, name, ##args)
+#define WRITES_HOT_MANY(name, args...) WRITES_UP_TO(many, name, ##args)
 
 #define WRITES_UP_TO(count, name, args...)                                                      \
 	name(unsigned long long *ctx);                                                          \
 	static __always_inline typeof(name(0)) ____##name(unsigned long long *ctx, ##args);     \
 	typeof(name(0)) name(unsigned long long *ctx)                                           \
 	{                                                                                       \
-		__u64 before = begin_level(LEVEL_PROGRAM);                                      \
+		__u64 before;                                                                   \
                                                                                                 \
+		stay();                                                                         \
+		before = begin_level(LEVEL_PROGRAM);                                            \
 		_Pragma("GCC diagnostic push")                                                  \
 		_Pragma("GCC diagnostic ignored \"-Wint-conversion\"")                          \
 		____##name(___bpf_ctx_cast(args));                                              \
 		_Pragma("GCC diagnostic pop")                                                   \
 		end_level(ctx, LEVEL_PROGRAM, before, send_##count);                            \
+		leave();                                                                        \
 		return 0;                                                                       \
 	}                                                                                       \
 	static __always_inline typeof(name(0)) ____##name(unsigned long long *ctx, ##args)

@@ -99,8 +99,7 @@ static __always_inline void forget_interpreter(__u32 tgid)
 		bpf_map_delete_elem(&pythons, &tgid);
 }
 
-SEC("tp_btf/sched_process_exec")
-int WRITES(on_exec, struct task_struct *task, int old_tid, struct linux_binprm *bprm)
+static __always_inline int executed(struct task_struct *task, int old_tid)
 {
 	struct cpu_state *cpu = this_cpu();
 	struct task_record *record, fresh = {.phase = PHASE_NEWBORN};
@@ -142,6 +141,22 @@ int WRITES(on_exec, struct task_struct *task, int old_tid, struct linux_binprm *
 	return 0;
 }
 
+SEC("tp_btf/sched_process_exec")
+int WRITES(on_exec, struct task_struct *task, int old_tid, struct linux_binprm *bprm)
+{
+	return executed(task, old_tid);
+}
+
+#ifndef SCOPE_BCC
+/* Instead of on_exec and on_exit where these are preempted, and left out for others: see syscalls.h. */
+SEC("tp/sched/sched_process_exec")
+int WRITES_AT(LEVEL_PROGRAM, on_exec_event, __u32 *words)
+{
+	/* behind the common fields and where the file name is: pid, old_pid */
+	return executed(bpf_get_current_task_btf(), words[4]);
+}
+#endif
+
 /*
  * Whether this is the end of the process. do_exit() has counted this thread off already; of threads that
  * did so in the same instant each finds that none is left, and the first one here tells it.
@@ -159,8 +174,7 @@ static __always_inline int wait_status(struct task_struct *task)
 	return ARG_FIELD(task, group_leader, exit_code);
 }
 
-SEC("tp_btf/sched_process_exit")
-int WRITES(on_exit, struct task_struct *task)
+static __always_inline int exited(struct task_struct *task)
 {
 	struct cpu_state *cpu = this_cpu();
 	struct task_record *record = record_of(task);
@@ -187,6 +201,20 @@ int WRITES(on_exit, struct task_struct *task)
 	commit(&process->sequence, index);
 	return 0;
 }
+
+SEC("tp_btf/sched_process_exit")
+int WRITES(on_exit, struct task_struct *task)
+{
+	return exited(task);
+}
+
+#ifndef SCOPE_BCC
+SEC("tp/sched/sched_process_exit")
+int WRITES_AT(LEVEL_PROGRAM, on_exit_event, void *context)
+{
+	return exited(bpf_get_current_task_btf());
+}
+#endif
 
 /* It may be gone before user space can look for it: what a container runs may take a moment only. */
 static __always_inline void write_cgroup(struct cgroup *cgroup, const char *path)

@@ -33,9 +33,29 @@ struct {
 	__uint(value_size, 512); /* set by user space: header and payload_limit */
 } wide SEC(".maps");
 
-/* A program that writes records, at a tracepoint or elsewhere. Here it needs nothing for that. */
+/* A program that writes records, at a tracepoint: as BPF_PROG(). It stays on its CPU. */
+#ifdef SCOPE_BCC
 #define WRITES(name, args...) BPF_PROG(name, ##args)
-#define WRITES_MANY(name, args...) BPF_PROG(name, ##args)
+#else
+#define WRITES(name, args...)                                                                   \
+	name(unsigned long long *ctx);                                                          \
+	static __always_inline typeof(name(0)) ____##name(unsigned long long *ctx, ##args);     \
+	typeof(name(0)) name(unsigned long long *ctx)                                           \
+	{                                                                                       \
+		stay();                                                                         \
+		_Pragma("GCC diagnostic push")                                                  \
+		_Pragma("GCC diagnostic ignored \"-Wint-conversion\"")                          \
+		____##name(___bpf_ctx_cast(args));                                              \
+		_Pragma("GCC diagnostic pop")                                                   \
+		leave();                                                                        \
+		return 0;                                                                       \
+	}                                                                                       \
+	static __always_inline typeof(name(0)) ____##name(unsigned long long *ctx, ##args)
+#endif
+/* Likewise where each nanosecond counts: it says itself when it stays. */
+#define WRITES_HOT(name, args...) BPF_PROG(name, ##args)
+/* Likewise, that may tell stacks. */
+#define WRITES_HOT_MANY(name, args...) BPF_PROG(name, ##args)
 #define WRITES_AT(level, name, context) name(context)
 
 /*

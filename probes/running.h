@@ -149,7 +149,7 @@ static __always_inline void switch_in(struct cpu_state *cpu, struct task_struct 
 }
 
 SEC("tp_btf/sched_switch")
-int WRITES_MANY(on_sched_switch, bool preempted, struct task_struct *previous, struct task_struct *next)
+int WRITES_HOT_MANY(on_sched_switch, bool preempted, struct task_struct *previous, struct task_struct *next)
 {
 	struct cpu_state *cpu = this_cpu();
 	__u32 state = 0;

@@ -25,6 +25,7 @@ const volatile bool record_everything = false; /* the whole host but the recorde
 const volatile bool follow_children = false;
 const volatile bool seek_cgroups = false; /* membership is by `cgroups`, not by `targets` */
 const volatile bool switch_tells_state = false; /* sched_switch has prev_state (5.18) */
+const volatile bool programs_are_preempted = false; /* at tracepoints, see stay() */
 const volatile __u32 recorder_tgid = 0;
 const volatile __u32 hot_slots = 1; /* per CPU; in rings.h a power of two */
 const volatile __u32 wide_slots = 1;
@@ -212,6 +213,38 @@ static __always_inline __u64 through_memory(struct cpu_state *cpu, __u64 number)
 #define UNKNOWN_TO_VERIFIER(cpu, number) (number)
 #define KEEP_COUNT(count) ((void)0)
 #define FORGET_BOUNDS(number) (number)
+#endif
+
+/*
+ * From 7.0 on (commits a46023d5616e and f7d327654b88) another task may run on this CPU before a program at a
+ * tracepoint has ended, and hit the same tracepoints; it does not go on on another CPU. What is per CPU and no
+ * thread's is one program's at a time: it stays while it uses that. The verifier drops the calls where they are
+ * not needed; it takes functions that are looked at by themselves between them from 6.15 on (commit
+ * e2d8f560d178).
+ */
+#ifdef SCOPE_BCC
+static __always_inline void stay(void)
+{
+}
+
+static __always_inline void leave(void)
+{
+}
+#else
+extern void bpf_preempt_disable(void) __ksym __weak;
+extern void bpf_preempt_enable(void) __ksym __weak;
+
+static __always_inline void stay(void)
+{
+	if (programs_are_preempted)
+		bpf_preempt_disable();
+}
+
+static __always_inline void leave(void)
+{
+	if (programs_are_preempted)
+		bpf_preempt_enable();
+}
 #endif
 
 static __always_inline void count_loss(struct cpu_state *cpu, enum loss_kind kind)

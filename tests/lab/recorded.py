@@ -32,12 +32,9 @@ ATTACH_SECONDS = 300.0
 # What both loaders record.
 CORE = ("processes", "syscalls", "messages", "offcpu")
 KERNEL = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
-# Atomic fetch-and-add in BPF is from 5.12 (commit 5ffa25502b5a); one version later is all that rings need.
+# Atomic fetch-and-add in BPF is from 5.12 (commit 5ca419f2864a); storage of tasks for tracing programs, which
+# that object uses, from 5.13 (commit a10787e6d58c).
 FIRST_WITH_RINGS = (5, 13)
-# Most records are lost there (and counted) when several families are on: the reason has to be found. Maybe
-# programs at system calls are preempted, and two of them meet in one stage of probes/perf.h. `auto` takes
-# rings there.
-FIRST_WITHOUT_PERF = (7, 0)
 # There programs are interrupted by other tasks, which BCC cannot prevent: it is refused.
 FIRST_WITHOUT_BCC = (7, 0)
 
@@ -94,7 +91,7 @@ def ways() -> list[Way]:
     if "--transport" in options:
         transports = [
             *(["rings"] if KERNEL >= FIRST_WITH_RINGS else []),
-            *(["perf"] if KERNEL < FIRST_WITHOUT_PERF else []),
+            "perf",
         ]
     if "--loader" not in options:
         return [Way(None, transport) for transport in transports]
