@@ -629,6 +629,18 @@ class Capture:
         """Lost so far, by CPU and records.LossKind: shape (cpus, LOSS_KINDS)."""
         return np.array(self._states["lost"], dtype=np.uint64)
 
+    def skipped(self) -> list[str]:
+        """After stop(): a sentence if the kernel did not run the probes each time; else nothing."""
+        if self.loader != "libbpf" or not self._records_calls():
+            return []
+        ends, begins = map(self._object.misses, self._call_programs())
+        if not begins + ends:
+            return []
+        return [
+            f"the kernel left the probes out at {begins} beginnings and {ends} ends of system calls of this"
+            " host, because it had preempted them: as many may be missing or without their other half"
+        ]
+
     def open_calls(self) -> Records:
         """After stop(): watched calls that have not ended, as wide slots of HIT records."""
         found = calls.still_open(self._object) if self.options.calls else []

@@ -378,6 +378,7 @@ class Recorder:
             self._own.stop()
             pending.add_own(self._own.drain())
         still_open = capture.stop()
+        pending.notes += capture.skipped()
         pending.add(capture.drain())
         settled = time.monotonic() + SETTLE_SECONDS
         while capture.fill() and time.monotonic() < settled:

@@ -119,6 +119,12 @@ NOT_OFFERED: tuple[NotOffered, ...] = (
         " kernel's headers of sockets need",
         since=(6, 3),
     ),
+    NotOffered(
+        "execsnoop-bpfcc",
+        r"static_assert failed due to requirement 'sizeof\(struct filename\) % 64 == 0'",
+        "the kernel's linux/fs.h has a struct that clang 14 does not understand, which BCC 0.26 compiles with",
+        since=(7, 0),
+    ),
 )
 
 
