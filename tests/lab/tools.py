@@ -122,7 +122,7 @@ NOT_OFFERED: tuple[NotOffered, ...] = (
     NotOffered(
         "execsnoop-bpfcc",
         r"static_assert failed due to requirement 'sizeof\(struct filename\) % 64 == 0'",
-        "the kernel's linux/fs.h has a struct that clang 14 does not understand, which BCC 0.26 compiles with",
+        "linux/fs.h has a struct that clang 14, which BCC 0.26 compiles with, lays out otherwise",
         since=(7, 0),
     ),
 )
