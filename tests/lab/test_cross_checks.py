@@ -73,7 +73,7 @@ ROUNDED_NS = {TCPLIFE: 10_000, TCPLIFE_BT: 1_000_000}
 # From the start of its timer until it is off its CPU, a thread that sleeps takes so long at most.
 LEAVING_NS = 250_000
 # Which programs run at these moments: ours, bpftrace's (after the tracepoint), BCC's (its function).
-CALL_PROGRAMS = "on_sys_enter|on_sys_exit|sys_enter|sys_exit|raw_syscalls__s"
+CALL_PROGRAMS = r"on_sys_(enter|exit).*|sys_enter|sys_exit|raw_syscalls__s"
 SWITCH_PROGRAMS = "on_sched_switch|sched_stat_runt|oncpu"
 
 
