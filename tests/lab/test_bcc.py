@@ -10,6 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from scope_ebpf import records
 from scope_ebpf.families import BCC_FAMILIES
 from tests.conftest import OPTIONAL
 from tests.lab.recorded import ATTACH_SECONDS, FIRST_WITHOUT_BCC, KERNEL
@@ -21,7 +22,8 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 
 PROGRAMS = Path(__file__).with_name("programs")
 EVERYTHING = (sys.executable, PROGRAMS / "everything.py")
-GETPPIDS, MISSING, SLEEPS = 24, 11, 7
+# GETPPIDS: 23 of the main thread, one of another, and one that /bin/sh makes when it begins
+GETPPIDS, MISSING, SLEEPS = 25, 11, 7
 OFFERED = KERNEL < FIRST_WITHOUT_BCC
 loader_is_offered = pytest.mark.skipif(
     not OFFERED, reason=OPTIONAL + "--loader bcc is refused here, as test_refusal finds"
@@ -107,12 +109,29 @@ def test_the_same_system_calls(bcc, libbpf):
     assert found["clock_nanosleep", None, "complete"] == SLEEPS + 1
 
 
+def messages_in_order(session: recording.Session) -> pl.DataFrame:
+    """The messages, with the time since the one before of the same end and direction."""
+    since = pl.col("start_ns").diff().over("connection", "direction")
+    return session.table("messages").sort("start_ns").with_columns(since.alias("since_ns"))
+
+
 @loader_is_offered
 def test_the_same_messages(bcc, libbpf):
-    columns = ("direction", "kind", "name", "length_bytes", "turn", "exact", "peek", "payload")
-    expected, found = (counted(session, "messages", *columns) for session in (libbpf, bcc))
-    assert found == expected
-    assert sum(expected.values()) > 200
+    expected, found = map(messages_in_order, (libbpf, bcc))
+    columns = ("direction", "kind", "name", "length_bytes", "exact", "peek")
+    assert found.select(columns).rows() == expected.select(columns).rows()
+    assert len(expected) > 200
+    # whatever comes so late begins a turn: on a slow machine that may be any message, in one of them only
+    in_time = [
+        pl.Series(rows["since_ns"].fill_null(0) <= records.RecordLimits.TURN_GAP_NS)
+        for rows in (expected, found)
+    ]
+    compared = in_time[0] & in_time[1]
+    # of payloads the length: what stands for redacted words is another in each recording
+    turn = (pl.col("turn"), pl.col("payload").bin.size())
+    turns = [rows.filter(compared).select(turn).rows() for rows in (expected, found)]
+    assert turns[0] == turns[1]
+    assert sum(begins for begins, _ in turns[0]) > 30
 
 
 @loader_is_offered
@@ -154,7 +173,7 @@ def test_own_program(bcc):
     assert calls.select("tgid", "tid").rows() == known.select("tgid", "tid").rows()
     assert (calls["ts"].cast(pl.Int64) - known["start_ns"]).abs().max() < 5_000_000
     assert calls["leader"].sum() == GETPPIDS - 1
-    assert set(calls["comm"]) <= {"python", "python3", "Thread-1 (getpp"}
+    assert set(calls["comm"]) <= {"python", "python3", "Thread-1 (getpp", "sh"}
     assert calls["bytes"].to_list() == [[0, 7, 0, 0]] * GETPPIDS
     assert calls["pair"].to_list() == [[-3, 0]] * GETPPIDS
     ring = session.table("getppids_ring")
