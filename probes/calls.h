@@ -17,15 +17,15 @@
  *
  * Sees:   every call in every thread and forked worker of the processes that were watched, with its duration
  *         and the values of its arguments at the begin.
- * Misses: calls that had begun when the recording did; what generator functions and coroutines do after they were called: only their call is told (up to
- *         3.10: their first step). Functions beyond the debug registers: four per thread. Up to 3.10 the
- *         duration of a call that raises an exception again (`raise`, the end of `with` and `finally`), a call
- *         whose exception is kept for good and after which the thread makes no other call, and arguments that
- *         inner functions use, which are in cells.
- * Costs:  one trap for the begin, two for the end of a call (one is the reference that its frame takes), one or
- *         two more when an exception passes through it (up to 3.11): 9.4 us each in a quiet virtual machine
- *         whose hypervisor takes part, 17 to 30 us in a busy one; 1 us of that are these programs. Other
- *         functions: nothing. A switch to another thread loads the debug registers, below 1 us.
+ * Misses: calls that had begun when the recording did; what generator functions and coroutines do after they
+ *         were called: only their call is told (up to 3.10: their first step). Functions beyond the debug
+ *         registers: four per thread. Up to 3.10 the duration of a call that raises an exception again
+ *         (`raise`, the end of `with` and `finally`), a call whose exception is kept for good and after which
+ *         the thread makes no other call, and arguments that inner functions use, which are in cells.
+ * Costs:  one trap for the begin, two for the end of a call (one is the reference that its frame takes), one
+ *         or two more when an exception passes through it (up to 3.11): 9.4 us each in a quiet virtual
+ *         machine whose hypervisor takes part, 17 to 30 us in a busy one; 1 us of that are these programs.
+ *         Other functions: nothing. A switch to another thread loads the debug registers, below 1 us.
  */
 #ifndef SCOPE_CALLS_H
 #define SCOPE_CALLS_H

@@ -5,9 +5,9 @@
  * Sees:   every call on an internet or Unix socket that returned, with the address that the program
  *         passed: of a connection that was refused nothing else remains.
  * Misses: io_uring (but see sockets.h), 32-bit calls, sendto() and TCP Fast Open that connect by themselves,
- *         calls on what is no such socket (they are in syscalls), an address that is not in memory any more. What becomes
- *         of a connection in progress (EINPROGRESS) is not told here: the program learns it later, from
- *         SO_ERROR, another connect() or its first message.
+ *         calls on what is no such socket (they are in syscalls), an address that is not in memory any more.
+ *         What becomes of a connection in progress (EINPROGRESS) is not told here: the program learns it
+ *         later, from SO_ERROR, another connect() or its first message.
  * Costs:  nothing for other calls; one wide slot and a dozen kernel reads per connect().
  */
 #ifndef SCOPE_CONNECTS_H

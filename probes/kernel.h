@@ -70,8 +70,8 @@ enum bpf_func_id {
 #define KERNEL_TYPE __attribute__((preserve_access_index))
 
 /*
- * The current task, and a field of it or of what it points to. Before 5.11 (commit 3ca1032ab7ab) it is only an
- * address, whose fields are read by a helper; an argument of a tracepoint is a pointer on all kernels.
+ * The current task, and a field of it or of what it points to. Before 5.11 (commit 3ca1032ab7ab) it is only
+ * an address, whose fields are read by a helper; an argument of a tracepoint is a pointer on all kernels.
  *
  * A function that is not static is looked at by itself, once, for any arguments; before 5.13 (commit
  * e5069b9c23b3) these may only be numbers.

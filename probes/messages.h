@@ -4,9 +4,9 @@
  *
  * Sees:   what moved, over which connection, which bytes of the stream, and the head of the payload at
  *         each turn. How bytes are counted: endpoints.h; what is kept of them: payloads.h.
- * Misses: io_uring (but see sockets.h), 32-bit calls, tee(), TCP's urgent bytes, sockets used by the kernel itself, kernel
- *         TLS's and MPTCP's byte ranges (marked inexact), the peers of unconnected datagrams. Two threads
- *         that write to one stream in the same instant may have their ranges swapped.
+ * Misses: io_uring (but see sockets.h), 32-bit calls, tee(), TCP's urgent bytes, sockets used by the kernel
+ *         itself, kernel TLS's and MPTCP's byte ranges (marked inexact), the peers of unconnected datagrams.
+ *         Two threads that write to one stream in the same instant may have their ranges swapped.
  * Costs:  30 ns on top of the call's own record, 75 ns with a payload head (kernels before 6.2: 350 and
  *         450 ns, since each field of a kernel struct is a helper call there).
  */
@@ -176,7 +176,7 @@ static __always_inline void meet_ring(struct flight *flight)
 		rings_met = RING_USED; /* it needs no call to be used */
 }
 
-/* An end whose bytes are counted may have moved some that were not seen: then nothing is told of its position. */
+/* An end whose bytes are counted may have moved some that were not seen: its position is not told then. */
 static __always_inline void doubt(struct target_end *end, struct endpoint *known)
 {
 	struct endpoint *peer;

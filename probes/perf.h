@@ -190,8 +190,8 @@ static __always_inline __u32 staged_hot_at(__u32 stage, __u32 number)
 
 /*
  * Room for a hot record, or NULL when the reader is behind. The caller fills it and ends with commit(). An
- * index that no other record has is left in *index; those of a CPU grow, but not by one. A function of its own
- * for the stack: up to 6.8 all frames together are limited to 512 bytes, in steps of 32.
+ * index that no other record has is left in *index; those of a CPU grow, but not by one. A function of its
+ * own for the stack: up to 6.8 all frames together are limited to 512 bytes, in steps of 32.
  */
 static __noinline void *hot_reserve(struct cpu_state *cpu, __u64 *index)
 {
@@ -199,7 +199,8 @@ static __noinline void *hot_reserve(struct cpu_state *cpu, __u64 *index)
 	struct stage *stage;
 	__u32 number, at;
 
-	if (!cpu || !index || !staging || cpu->hot_head - cpu->hot_tail - staging->hot_failed >= hot_slots - RING_MARGIN)
+	if (!cpu || !index || !staging ||
+	    cpu->hot_head - cpu->hot_tail - staging->hot_failed >= hot_slots - RING_MARGIN)
 		return NULL;
 	number = stage_here(staging);
 	if (number >= STAGES)

@@ -8,10 +8,10 @@
  * whenever the GIL is released, which is in every blocking call.
  *
  * A logical context is a PyContext that was entered (Context.run(): every asyncio task and callback, every
- * trio task, to_thread), or a greenlet's data stack. Addresses are reused at once, so each gets a number:
- * a context when it is made (uretprobes on PyContext_CopyCurrent and its like), a greenlet's stack when it
- * is met first, until its memory is unmapped; but the stack that a thread is first seen on is the thread's. The context that a thread makes for itself is never entered:
- * it is 0, the thread itself.
+ * trio task, to_thread), or a greenlet's data stack. Addresses are reused at once, so each gets a number: a
+ * context when it is made (uretprobes on PyContext_CopyCurrent and its like), a greenlet's stack when it is
+ * met first, until its memory is unmapped; but the stack that a thread is first seen on is the thread's. The
+ * context that a thread makes for itself is never entered: it is 0, the thread itself.
  *
  * Sees:   the context of a thread at each of its calls, and who made a context.
  * Misses: which context woke which; tasks that share a context on purpose (create_task(context=...)).

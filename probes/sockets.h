@@ -14,11 +14,11 @@
  *         function once more when it is done, and then there is another row.
  * Misses: accept (what is accepted is met with its first message), splice and tee through io_uring; other
  *         families of sockets; the payload's head where the bytes are in registered buffers. The tracepoints
- *         know neither connects, nor pipes, nor where the bytes are, nor when a transfer began. The kprobes miss
- *         what returns while as many calls of the function as there are CPUs (newer kernels: twice as many,
- *         at least ten) wait on the host: that is counted as lost. What moves
- *         between the first io_uring_setup of the recorded processes and the moment when user space has
- *         attached these programs (0.1 s); Unix streams and pipes on which that may have been are inexact.
+ *         know neither connects, nor pipes, nor where the bytes are, nor when a transfer began. The kprobes
+ *         miss what returns while as many calls of the function as there are CPUs (newer kernels: twice as
+ *         many, at least ten) wait on the host: that is counted as lost. What moves between the first
+ *         io_uring_setup of the recorded processes and the moment when user space has attached these programs
+ *         (0.1 s); Unix streams and pipes on which that may have been are inexact.
  * Costs:  nothing while no recorded process has an io_uring. From then on two short programs for each
  *         read and write on a socket or pipe, of the whole host; for its row what a message costs.
  */
@@ -72,9 +72,10 @@ struct pieced {
 };
 
 /*
- * The way from a worker of io_uring (struct io_worker) to whose work it does: offsets of pointers, each in what the
- * one before points to, with 16 bits for each and the first one lowest; 0: it is not known. User space sets them, from the kernel's types. Not libbpf: kernels have different structs
- * there, some none of them, and what vmlinux lacks libbpf looks up in the modules, which only CAP_SYS_ADMIN may.
+ * The way from a worker of io_uring (struct io_worker) to whose work it does: offsets of pointers, each in
+ * what the one before points to, with 16 bits for each and the first one lowest; 0: it is not known. User
+ * space sets them, from the kernel's types. Not libbpf: kernels have different structs there, some none of
+ * them, and what vmlinux lacks libbpf looks up in the modules, which only CAP_SYS_ADMIN may.
  */
 __u64 employer_path = 0;
 

@@ -110,8 +110,8 @@ static __always_inline __u32 birth_of(struct task_struct *task)
 }
 
 /*
- * What the functions get that are called for each frame. Where they may only be given numbers (see GLOBAL) they
- * look the rest up again: else the verifier would look at them for each frame.
+ * What the functions get that are called for each frame. Where they may only be given numbers (see GLOBAL)
+ * they look the rest up again: else the verifier would look at them for each frame.
  */
 #ifdef OLD_KERNELS
 #define WALK_ARGUMENTS walk->number
@@ -273,7 +273,7 @@ static __always_inline void find_text(struct interpreter *python, __u64 object, 
 		text->data = object + python->unicode_compact;
 }
 
-/* One of the further slots of a long line table, whose first one is in walk->code. Returns whether it is told. */
+/* One of the further slots of a long line table; walk->code has the first. Returns whether it is told. */
 GLOBAL int write_lines(struct cpu_state *cpu, struct walk *walk, __u32 part)
 {
 	struct code_part *more;
@@ -295,7 +295,8 @@ GLOBAL int write_lines(struct cpu_state *cpu, struct walk *walk, __u32 part)
 	return true;
 }
 
-static __always_inline int write_code(struct cpu_state *cpu, struct walk *walk, struct interpreter *python, __u64 code)
+static __always_inline int write_code(struct cpu_state *cpu, struct walk *walk, struct interpreter *python,
+				     __u64 code)
 {
 	struct code_part *part;
 	struct code_part *head;

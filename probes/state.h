@@ -201,7 +201,7 @@ static __always_inline __u64 through_memory(struct cpu_state *cpu, __u64 number)
 	return *(volatile __u64 *)&cpu->reserved2[5];
 }
 #define UNKNOWN_TO_VERIFIER(cpu, number) through_memory(cpu, number)
-/* Keeps a loop's own count: BCC's compiler would count down a number whose bounds the verifier does not see. */
+/* Keeps a loop's own count: BCC's compiler would count down one whose bounds the verifier does not see. */
 #define KEEP_COUNT(count) asm volatile("" : "+r"(count))
 /* As UNKNOWN_TO_VERIFIER, slower: for what is rarely done. */
 #define FORGET_BOUNDS(number)               \
@@ -217,9 +217,9 @@ static __always_inline __u64 through_memory(struct cpu_state *cpu, __u64 number)
 
 /*
  * From 7.0 on (commits a46023d5616e and f7d327654b88) another task may run on this CPU before a program at a
- * tracepoint has ended, and hit the same tracepoints; it does not go on on another CPU. What is per CPU and no
- * thread's is one program's at a time: it stays while it uses that. The verifier drops the calls where they are
- * not needed; it takes functions that are looked at by themselves between them from 6.15 on (commit
+ * tracepoint has ended, and hit the same tracepoints; it does not go on on another CPU. What is per CPU and
+ * no thread's is one program's at a time: it stays while it uses that. The verifier drops the calls where
+ * they are not needed; it takes functions that are looked at by themselves between them from 6.15 on (commit
  * e2d8f560d178).
  */
 #ifdef SCOPE_BCC

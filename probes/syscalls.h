@@ -240,10 +240,10 @@ int WRITES_HOT_MANY(on_sys_exit, struct pt_regs *regs, long result)
 #ifndef SCOPE_BCC
 /*
  * Instead of these two where programs are preempted (see stay() in state.h), as programs of perf's events.
- * While a program at a tracepoint waits for its CPU, the kernel takes each other run of it there for a recursion
- * and leaves it out: a preempted thread costs the others their calls until it goes on. That a program stays does
- * not help, for it is preempted when it leaves. Perf's part of a tracepoint runs with preemption disabled
- * up to its end (commit 16718274ee75).
+ * While a program at a tracepoint waits for its CPU, the kernel takes each other run of it there for a
+ * recursion and leaves it out: a preempted thread costs the others their calls until it goes on. That a
+ * program stays does not help, for it is preempted when it leaves. Perf's part of a tracepoint runs with
+ * preemption disabled up to its end (commit 16718274ee75).
  *
  * Costs: 55 ns more per program, also for other threads (measured on 6.18). No sample is taken by a tick of
  * the sampling clock that interrupts these.

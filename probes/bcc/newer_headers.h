@@ -2,9 +2,9 @@
 /*
  * Stands before all that BCC compiles, so that headers of kernels that are newer than BCC compile, too.
  *
- * BCC has a copy of uapi/linux/bpf.h, as old as BCC is, in place of the kernel's, and newer kernels' linux/bpf.h
- * asks for what is not in it. Macros, since a copy may have these: the names are others then, and nobody here
- * uses what linux/bpf.h does with them.
+ * BCC has a copy of uapi/linux/bpf.h, as old as BCC is, in place of the kernel's, and newer kernels'
+ * linux/bpf.h asks for what is not in it. Macros, since a copy may have these: the names are others then, and
+ * nobody here uses what linux/bpf.h does with them.
  */
 struct scope_not_used {
 	__u64 words[2];

@@ -6,8 +6,8 @@
  *         turns perf_submit() and the like into calls of the kernel's helpers, which the macros below catch
  *         when the result is compiled. Which processes are recorded, for scope_is_recorded().
  * Misses: what ringbuf_output() with a dynptr cannot place.
- * Costs:  a comparison per record. With scope_is_recorded(): three programs at each fork, exec and exit of the
- *         host, and a look-up per question.
+ * Costs:  a comparison per record. With scope_is_recorded(): three programs at each fork, exec and exit of
+ *         the host, and a look-up per question.
  *
  * Set by user space: SCOPE_CPUS, SCOPE_OUTPUTS; SCOPE_FOLLOWS if the program asks scope_is_recorded(), then
  * SCOPE_EVERYTHING, SCOPE_CHILDREN and SCOPE_RECORDER. Functions that are here must be static or begin with
