@@ -14,6 +14,11 @@ fail() {
     exit 1
 }
 
+# Whether this kernel is of that version or a later one.
+is_since() {
+    [ "$(printf '%s\n' "$1" "$(uname -r)" | sort -V | head -n 1)" = "$1" ]
+}
+
 case $action in
 install)
     mkdir -p "$3" 2>/dev/null && [ -w "$3" ] ||
@@ -21,9 +26,9 @@ install)
     sed "s|^ExecStart=[^ ]*|ExecStart=$command|" "$source" >"$unit.part"
     mv "$unit.part" "$unit"
     echo "installed $unit; start it with: systemctl daemon-reload && systemctl enable --now scope-ebpf"
-    # README.md, "Privileges"
+    # README.md, "Privileges": uprobes before 6.6, and from 7.0 on the programs at system calls
     if [ "$(cat /proc/sys/kernel/perf_event_paranoid 2>/dev/null || echo 0)" -gt 2 ] &&
-        [ "$(printf '%s\n' 6.6 "$(uname -r)" | sort -V | head -n 1)" != 6.6 ]; then
+        { ! is_since 6.6 || is_since 7.0; }; then
         echo "before, run: sysctl kernel.perf_event_paranoid=2; without root this kernel refuses perf events else"
     fi
     ;;

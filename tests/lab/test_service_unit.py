@@ -27,8 +27,8 @@ START_SECONDS = 120
 # Above 2, which is the default of Debian's kernels, these open perf events for CAP_SYS_ADMIN only.
 PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 REFUSING, ALLOWING = "3", "2"
-# From then on a uprobe needs no perf event.
-LINKED_UPROBES = (6, 6)
+# From then on a uprobe needs no perf event, but later ones record system calls by such events.
+LINKED_UPROBES, CALLS_BY_EVENTS = (6, 6), (7, 0)
 # As little as is taken: the test fills it.
 QUOTA = 8 << 20
 
@@ -75,8 +75,10 @@ def unit() -> Iterator[None]:
     asked = PARANOID.read_text()
     PARANOID.write_text(REFUSING)
     said = run(SOURCE / "install_service.sh", "install", COMMAND, UNIT.parent)
-    assert (f"sysctl kernel.perf_event_paranoid={ALLOWING}" in said) == (KERNEL < LINKED_UPROBES)
-    if KERNEL < FIRST_WITH_RINGS:
+    wanted = KERNEL < LINKED_UPROBES or KERNEL >= CALLS_BY_EVENTS
+    assert (f"sysctl kernel.perf_event_paranoid={ALLOWING}" in said) == wanted
+    # where it would not start at all, or lose calls
+    if KERNEL < FIRST_WITH_RINGS or KERNEL >= CALLS_BY_EVENTS:
         PARANOID.write_text(ALLOWING)
     record = f"{COMMAND} record --all --into /var/lib/scope-ebpf"
     drop_in(f"ExecStart=\nExecStart={record} --keep {QUOTA}\nRestart=no")
