@@ -236,7 +236,9 @@ def tcplife_rows(said: str) -> list[Life]:
     """One per end of a connection that was closed: of BCC's tool, or of bpftrace's."""
     host, tcp = r"127\.0\.0\.1", r"(\d+)"
     of_bcc = rf"^(\d+),[^,]*,4,{host},{tcp},{host},{tcp},(\d+),(\d+),(\d+\.\d+)$"
-    of_bpftrace = rf"^[\d:]+ +(\d+) +\S+ +{host} +{tcp} +{host} +{tcp} +(\d+) +(\d+) +(\d+)$"
+    # newer ones begin with the time of day
+    time = r"(?:\d+:\d+:\d+ +)?"
+    of_bpftrace = rf"^{time}(\d+) +\S+ +{host} +{tcp} +{host} +{tcp} +(\d+) +(\d+) +(\d+)$"
     found = [row for line in (of_bcc, of_bpftrace) for row in re.findall(line, said, re.MULTILINE)]
     return [
         Life(int(pid), int(local), int(remote), int(sent), int(received), float(span))
