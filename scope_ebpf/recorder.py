@@ -282,7 +282,7 @@ class Recorder:
             options = self.plan.options
             # of a cgroup or the host, the privilege to load is kept: nothing is before it is needed
             if not options.everything and options.cgroup is None:
-                capture.prepare_rings()
+                self._prepare_rings(capture, first)
             self._on_loaded()
             use = Use()
             writer = threading.Thread(
@@ -313,6 +313,15 @@ class Recorder:
                 writer.join()
         if self._failure is not None:
             raise self._failure
+
+    def _prepare_rings(self, capture: Capture, pending: Drained) -> None:
+        """Have them prepared, and drain meanwhile: it can take longer than a busy CPU's ring lasts."""
+        preparing = threading.Thread(target=capture.prepare_rings, name="scope-io-uring")
+        preparing.start()
+        while preparing.is_alive():
+            pending.add(capture.drain())
+            time.sleep(POLL_SECONDS[0])
+        preparing.join()
 
     def _drain(
         self,
