@@ -185,8 +185,10 @@ class Frames:
     def _walk(self, frame: int, copies: Mapping[int, bytes], earlier: _Walked) -> _Walked:
         """The frames from the innermost one on.
 
-        Where it comes to several frames that stood the same in an earlier walk, the rest is taken from
-        there: a frame further out cannot go on before those within it have ended.
+        Where it comes out of what was copied, and the last frames stood the same in an earlier walk, the rest
+        is taken from there: a frame further out cannot go on before those within it have ended. In the copies
+        that is not enough: a function that has returned and called itself again as often looks the same, but
+        what is further out may have been read between the two.
         """
         layout = self._layout
         size, owner_at = layout.frame_bytes, layout.frame_owner
@@ -198,10 +200,10 @@ class Frames:
             if frame in seen or len(seen) >= _MOST_FRAMES or frame % 8:
                 return _Walked(places, True)
             seen.add(frame)
-            data = b""
+            data, copied = b"", False
             for start in starts:
                 if start <= frame < start + len(copies[start]):
-                    data = copies[start][frame - start : frame - start + size]
+                    data, copied = copies[start][frame - start : frame - start + size], True
                     break
             if len(data) < size:
                 try:
@@ -209,10 +211,15 @@ class Frames:
                 except Unreadable:
                     return _Walked(places, True)
             if owner_at is None or data[owner_at] < first_shim:
-                places.append(self._place(frame, data))
+                place = self._place(frame, data)
+                if not place.code:  # it was left, or is about to be entered
+                    return _Walked(places, True)
+                places.append(place)
                 at = earlier.index.get(frame, -1) + 1
-                if at >= _SAME_FRAMES and (
-                    places[-_SAME_FRAMES:] == earlier.places[at - _SAME_FRAMES : at]
+                if (
+                    not copied
+                    and at >= _SAME_FRAMES
+                    and places[-_SAME_FRAMES:] == earlier.places[at - _SAME_FRAMES : at]
                 ):
                     return _Walked(places + earlier.places[at:], earlier.cut)
             frame = _word(data, layout.frame_previous)
