@@ -213,7 +213,7 @@ class Mapping:
         inode.
         """
         link = PROC / str(tgid) / "map_files" / f"{self.start:x}-{self.end:x}"
-        with contextlib.suppress(PermissionError):
+        with contextlib.suppress(OSError):  # also ESRCH, of a process that has just ended
             if link.exists():  # its inode may be told in another way, as on overlayfs
                 return link
         for path in (PROC / str(tgid) / "root" / self.path.lstrip("/"), Path(self.path)):
