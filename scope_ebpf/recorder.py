@@ -318,10 +318,15 @@ class Recorder:
         """Have them prepared, and drain meanwhile: it can take longer than a busy CPU's ring lasts."""
         preparing = threading.Thread(target=capture.prepare_rings, name="scope-io-uring")
         preparing.start()
+        batches = []
         while preparing.is_alive():
-            pending.add(capture.drain())
+            batches.append(capture.drain())
             time.sleep(POLL_SECONDS[0])
         preparing.join()
+        for batch in batches:
+            pending.add(batch)
+            pending.interpreters += capture.watch_pythons(batch)
+            pending.notes += capture.watch_files(batch)
 
     def _drain(
         self,
