@@ -263,61 +263,40 @@ SCHEMAS: dict[str, pl.Schema] = {
     ),
 }
 
-_SEGMENT_NAME = re.compile(r"([0-9]{6,9})-([0-9a-f]{8})\.parquet")
-_MERGED_NAME = re.compile(r"([0-9]{6,9})-([0-9]{6,9})-([0-9a-f]{8})\.parquet")
+_SEGMENT_NAME = re.compile(r"([0-9]{6,9})(?:-([0-9]{6,9}))?-([0-9a-f]{8})\.parquet")
 
 
-def segment_name(number: int, crc32: int) -> str:
+def segment_name(first: int, last: int, crc32: int) -> str:
     """The file name of a segment: its number, counted from 1, and zlib.crc32 of all its bytes.
 
-    >>> segment_name(1, 0x9F3A12BC)
+    One that stands for several, merged ones has the first and the last of their numbers.
+
+    >>> segment_name(1, 1, 0x9F3A12BC)
     '000001-9f3a12bc.parquet'
+    >>> segment_name(1, 32, 0x9F3A12BC)
+    '000001-000032-9f3a12bc.parquet'
     """
-    return f"{number:06d}-{crc32:08x}.parquet"
+    numbers = f"{first:06d}" if first == last else f"{first:06d}-{last:06d}"
+    return f"{numbers}-{crc32:08x}.parquet"
 
 
-def parse_segment_name(name: str) -> tuple[int, int] | None:
-    """Number and CRC-32 of a segment by its file name; None if it is not a segment's name.
+def parse_segment_name(name: str) -> tuple[int, int, int] | None:
+    """First and last number and CRC-32 of a segment by its file name; None if it is not a segment's name.
 
     >>> parse_segment_name("000001-9f3a12bc.parquet")
-    (1, 2671383228)
+    (1, 1, 2671383228)
+    >>> parse_segment_name("000001-000032-9f3a12bc.parquet")
+    (1, 32, 2671383228)
     >>> parse_segment_name("000001.parquet") is None
     True
     """
     match = _SEGMENT_NAME.fullmatch(name)
     if match is None:
         return None
-    number, crc32 = int(match[1]), int(match[2], 16)
+    first, last, crc32 = int(match[1]), int(match[2] or match[1]), int(match[3], 16)
     # One number has one spelling: 0000001 would be a second segment 1.
-    return (number, crc32) if number and segment_name(number, crc32) == name else None
-
-
-def merged_name(first: int, last: int, crc32: int) -> str:
-    """The file name of a segment that stands for those of the numbers `first` to `last`.
-
-    >>> merged_name(1, 32, 0x9F3A12BC)
-    '000001-000032-9f3a12bc.parquet'
-    """
-    return f"{first:06d}-{last:06d}-{crc32:08x}.parquet"
-
-
-def parse_merged_name(name: str) -> tuple[int, int, int] | None:
-    """First and last number and CRC-32 by such a file name; None if it is none.
-
-    >>> parse_merged_name("000001-000032-9f3a12bc.parquet")
-    (1, 32, 2671383228)
-    >>> parse_merged_name("000032-000001-9f3a12bc.parquet") is None
-    True
-    """
-    match = _MERGED_NAME.fullmatch(name)
-    if match is None:
-        return None
-    first, last, crc32 = int(match[1]), int(match[2]), int(match[3], 16)
-    return (
-        (first, last, crc32)
-        if 0 < first < last and merged_name(first, last, crc32) == name
-        else None
-    )
+    right = 0 < first <= last and segment_name(first, last, crc32) == name
+    return (first, last, crc32) if right else None
 
 
 def frame(table: str, columns: Mapping[str, Any]) -> pl.DataFrame:

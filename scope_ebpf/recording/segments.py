@@ -18,7 +18,7 @@ from typing import Final
 import polars as pl
 
 from scope_ebpf.errors import FormatError, RecordingError
-from scope_ebpf.recording.schema import parse_merged_name, parse_segment_name, segment_name
+from scope_ebpf.recording.schema import parse_segment_name, segment_name
 
 _CHUNK_BYTES: Final = 1 << 20
 
@@ -71,11 +71,10 @@ def list_segments(folder: Path, first: int = 1) -> list[Segment]:
         for entry in entries:
             if entry.name.startswith(".") or not entry.name.endswith(".parquet"):
                 continue
-            single = parse_segment_name(entry.name)
-            parsed = (single[0], *single) if single else parse_merged_name(entry.name)
+            parsed = parse_segment_name(entry.name)
             if parsed is None:
                 raise FormatError(
-                    f"{entry.path} is not named like a segment, {segment_name(1, 0x9F3A12BC)}; "
+                    f"{entry.path} is not named like a segment, {segment_name(1, 1, 0x9F3A12BC)}; "
                     "give it back its name, or move it out of the recording"
                 )
             if not entry.is_file():  # opening a named pipe would wait for ever

@@ -16,7 +16,7 @@ from scope_ebpf.errors import RecordingError, ScopeError
 from scope_ebpf.recording.directory import DIRECTORY_MODE
 from scope_ebpf.recording.merging import Merged, Neighbours, merge
 from scope_ebpf.recording.meta import Meta, RecorderUse, TableCount, write_meta
-from scope_ebpf.recording.schema import SCHEMAS, merged_name, segment_name
+from scope_ebpf.recording.schema import SCHEMAS, segment_name
 from scope_ebpf.recording.segments import Segment
 
 FILE_MODE = 0o600
@@ -119,7 +119,7 @@ class RecordingWriter:
         )
         data = content.getbuffer()
         crc32 = zlib.crc32(data)
-        name = segment_name(first, crc32) if first == last else merged_name(first, last, crc32)
+        name = segment_name(first, last, crc32)
         folder = self.path / table
         part = folder / f".{name}.part"
         try:

@@ -171,7 +171,7 @@ def write_segment(folder: Path, number: int, rows: pl.DataFrame) -> Path:
 def write_bytes(folder: Path, number: int, data: bytes) -> Path:
     """Write bytes under the name of a segment that fits them."""
     folder.mkdir(exist_ok=True)
-    file = folder / segment_name(number, zlib.crc32(data))
+    file = folder / segment_name(number, number, zlib.crc32(data))
     file.write_bytes(data)
     return file
 

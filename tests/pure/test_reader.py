@@ -400,9 +400,11 @@ def test_unverified_recordings_still_check_the_columns(path):
 
 
 def test_segment_names_have_one_spelling():
-    assert parse_segment_name("1000000-0000000a.parquet") == (1_000_000, 10)
-    for name in ("0000001-0000000a.parquet", "000000-0000000a.parquet", "000001-A.parquet"):
-        assert parse_segment_name(name) is None
+    assert parse_segment_name("1000000-0000000a.parquet") == (1_000_000, 1_000_000, 10)
+    assert parse_segment_name("000001-1000000-0000000a.parquet") == (1, 1_000_000, 10)
+    for numbers in ("0000001", "000000", "000001-000001", "000032-000001", "000001-0000032"):
+        assert parse_segment_name(f"{numbers}-0000000a.parquet") is None
+    assert parse_segment_name("000001-A.parquet") is None
 
 
 DAMAGES = ["flip", "cut", "append", "empty", "remove", "duplicate", "exchange", "junk", "folder"]
