@@ -324,9 +324,14 @@ class Recorder:
             time.sleep(POLL_SECONDS[0])
         preparing.join()
         for batch in batches:
-            pending.add(batch)
-            pending.interpreters += capture.watch_pythons(batch)
-            pending.notes += capture.watch_files(batch)
+            self._take(capture, batch, pending)
+
+    @staticmethod
+    def _take(capture: Capture, batch: Batch, pending: Drained) -> None:
+        """Add what was drained, and look at the programs that began meanwhile."""
+        pending.add(batch)
+        pending.interpreters += capture.watch_pythons(batch)
+        pending.notes += capture.watch_files(batch)
 
     def _drain(
         self,
@@ -353,13 +358,10 @@ class Recorder:
                 signal.pthread_sigmask(signal.SIG_SETMASK, signals)
                 waiting = False
             fill = capture.fill()
-            batch = capture.drain()
-            pending.add(batch)
+            self._take(capture, capture.drain(), pending)
             if self._own is not None:
                 fill = max(fill, self._own.fill())
                 pending.add_own(self._own.drain())
-            pending.interpreters += capture.watch_pythons(batch)
-            pending.notes += capture.watch_files(batch)
             pending.notes += capture.watch_rings()
             interval = min(
                 max(interval * FILL_GOAL / max(fill, 1e-6), POLL_SECONDS[0]), POLL_SECONDS[1]
