@@ -9,7 +9,6 @@ import contextlib
 import ctypes as c
 import importlib.util
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from scope_ebpf.errors import LoadError, UsageError
+from scope_ebpf.loaders.kernel import kernel_version
 
 # Where distributions put Python packages of their own. BCC's is pure Python over libbcc.so, so that
 # a virtual environment without the system's packages can use it, too.
@@ -129,19 +129,9 @@ def check_kernel(release: str) -> None:
 
 def header_flags(release: str | None = None) -> list[str]:
     """What the compiler has to be told for this kernel's headers."""
-    if kernel_version(release or os.uname().release) >= MICROSOFT_EXTENSIONS:
+    if kernel_version(release) >= MICROSOFT_EXTENSIONS:
         return ["-fms-extensions"]
     return []
-
-
-def kernel_version(release: str) -> tuple[int, int]:
-    """The first two numbers of uname -r: there may be no type information to ask instead.
-
-    >>> kernel_version("6.1.0-56-cloud-amd64")
-    (6, 1)
-    """
-    match = re.match(r"(\d+)\.(\d+)", release)
-    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def compile_program(

@@ -17,6 +17,7 @@ from scope_ebpf.families import BCC_FAMILIES as FAMILIES
 from scope_ebpf.loaders import bcc
 from scope_ebpf.loaders.bcc_life import Life
 from scope_ebpf.loaders.bcc_source import BccSource, joined, translate
+from scope_ebpf.loaders.kernel import kernel_version
 from scope_ebpf.loaders.libbpf import Uprobe
 from scope_ebpf.loaders.ring import array_in
 
@@ -107,7 +108,7 @@ class BccObject:
 
     def set_constants(self, **values: bool | int | bytes) -> None:
         """Set what is constant in the programs, before load()."""
-        values["switch_tells_state"] = bcc.kernel_version(os.uname().release) >= SWITCH_TELLS_STATE
+        values["switch_tells_state"] = kernel_version() >= SWITCH_TELLS_STATE
         for name, value in values.items():
             if isinstance(value, bytes):
                 self._message_classes = value

@@ -20,7 +20,7 @@ from scope_ebpf.errors import LoadError, UsageError
 from scope_ebpf.loaders import bcc, bcc_rings
 from scope_ebpf.loaders.bcc_fields import OwnTable, check_layout, own_table, plain_code
 from scope_ebpf.loaders.hits import no_such_file
-from scope_ebpf.loaders.libbpf import possible_cpus
+from scope_ebpf.loaders.kernel import possible_cpus
 from scope_ebpf.loaders.probed_files import ProbedFile
 from scope_ebpf.loaders.usdt import read_sites
 

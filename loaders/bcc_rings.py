@@ -5,18 +5,17 @@ BPF_MAP_TYPE_RINGBUF, kernel/bpf/ringbuf.c. Records of one struct have one lengt
 as an array. What did not fit is counted where it was submitted (probes/bcc/program.h), not here.
 """
 
-import errno
 import mmap
-import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scope_ebpf.errors import LoadError
-from scope_ebpf.loaders import perf, perf_ring
+from scope_ebpf.loaders import perf_ring
 
 Bytes = NDArray[np.uint8]
 
@@ -37,33 +36,17 @@ def order() -> None:
 class PerfRing:
     """One CPU's perf event that a program's bpf_perf_event_output() fills with samples of any length."""
 
-    def __init__(self, cpu: int, pages: int = PERF_PAGES) -> None:
-        """Open and map it.
-
-        Raises:
-            LoadError: the kernel refuses.
-            OSError: with ENODEV, the CPU is not online.
-        """
-        self.cpu = cpu
-        self.descriptor = perf.open_bpf_output(cpu, timed=True)
-        if self.descriptor < 0:
-            raise OSError(-self.descriptor, os.strerror(-self.descriptor))
-        self.size = pages * PAGE
-        try:
-            self._memory = mmap.mmap(self.descriptor, PAGE + self.size, mmap.MAP_SHARED)
-        except OSError as error:
-            os.close(self.descriptor)
-            raise LoadError(
-                f"cannot map a perf ring buffer of {self.size >> 10} KiB: {error.strerror}; raise"
-                " kernel.perf_event_mlock_kb, or run as root"
-            ) from error
-        self._head = np.frombuffer(self._memory, np.uint64, 1, perf_ring.DATA_HEAD)
-        self._tail = np.frombuffer(self._memory, np.uint64, 1, perf_ring.DATA_TAIL)
-        self._data = np.frombuffer(self._memory, np.uint8, self.size, PAGE)
+    def __init__(self, event: perf_ring.PerfMemory) -> None:
+        """Start where it was read up to; the event is closed with this ring."""
+        self.cpu, self.descriptor = event.cpu, event.descriptor
+        self._event = event
+        control, self._data = event.arrays()
+        self._head = control[perf_ring.DATA_HEAD // 8 :]
+        self._tail = control[perf_ring.DATA_TAIL // 8 :]
 
     def fill(self) -> float:
         """The part that waits to be drained, 0 to 1."""
-        return int(self._head[0] - self._tail[0]) / self.size
+        return int(self._head[0] - self._tail[0]) / len(self._data)
 
     def drain(self) -> Bytes:
         """Copy out all complete records and give their room back."""
@@ -76,9 +59,7 @@ class PerfRing:
 
     def close(self) -> None:
         """Close the event; what is mapped goes with this object."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        self._event.close()
 
 
 class KernelRing:
@@ -185,23 +166,13 @@ def open_rings(cpus: int) -> list[PerfRing]:
     Raises:
         LoadError: the kernel refuses.
     """
-    rings: list[PerfRing] = []
-    try:
+    with ExitStack() as opened:
+        events = []
         for cpu in range(cpus):
-            try:
-                rings.append(PerfRing(cpu))
-            except OSError as error:
-                if error.errno == errno.ENODEV:  # it is not online
-                    continue
-                raise LoadError(
-                    f"cannot open a perf ring buffer on CPU {cpu}: {error.strerror}; run as root, or"
-                    " grant CAP_PERFMON"
-                ) from error
-    except BaseException:
-        for ring in rings:
-            ring.close()
-        raise
-    return rings
+            events.append(perf_ring.PerfMemory(cpu, PERF_PAGES * PAGE, timed=True))
+            opened.callback(events[-1].close)
+        opened.pop_all()
+    return [PerfRing(event) for event in events if event.descriptor >= 0]
 
 
 def fitting(rows: Bytes, dtype: np.dtype[Any], spare: int) -> NDArray[Any] | None:

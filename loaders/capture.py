@@ -16,17 +16,21 @@ from scope_ebpf.loaders import extras, hits, tls
 from scope_ebpf.loaders.cgroups import absence, descendants, mount_point
 from scope_ebpf.loaders.choice import choose_loader
 from scope_ebpf.loaders.hit_families import HIT_FAMILIES, add_family
-from scope_ebpf.loaders.libbpf import (
-    BpfObject,
-    NotAllowedError,
-    PerfEventsRefusedError,
-    Uprobe,
+from scope_ebpf.loaders.kernel import (
+    forget_kernel_types,
     has_cookies,
     possible_cpus,
     programs_are_preempted,
     tracepoint_arguments,
     tracepoint_event_refusal,
 )
+from scope_ebpf.loaders.libbpf import (
+    BpfObject,
+    NotAllowedError,
+    PerfEventsRefusedError,
+    Uprobe,
+)
+from scope_ebpf.loaders.message_calls import message_classes, number_of
 from scope_ebpf.loaders.newcomers import Newcomers
 from scope_ebpf.loaders.probed_files import MetFiles
 from scope_ebpf.loaders.python import calls, watch
@@ -37,7 +41,6 @@ from scope_ebpf.loaders.shared_globals import SharedGlobals
 from scope_ebpf.loaders.transport import PerfBuffers, Transport, choose_transport
 from scope_ebpf.probe_specs import ProbeSpec
 from scope_ebpf.records import RecordLimits
-from scope_ebpf.syscalls import SYSCALLS
 
 LIFE_PROGRAMS = ("on_fork", "on_exec", "on_exit", "on_sched_switch")
 CALL_PROGRAMS = ("on_sys_exit", "on_sys_enter")
@@ -84,33 +87,6 @@ WIDE_SLOTS = (1 << 10, 1 << 14)
 
 # Walks of stacks that may be under way on a CPU: see probes/stacks.h.
 WALKS = 2
-
-# How each system call moves messages, by name: see enum message_class in probes/events.h.
-_C = records.MessageClass
-MESSAGE_CALLS = {
-    "read": _C.MESSAGE_BUFFER | _C.MESSAGE_RECEIVE,
-    "write": _C.MESSAGE_BUFFER,
-    "recvfrom": _C.MESSAGE_BUFFER | _C.MESSAGE_RECEIVE | _C.MESSAGE_FLAGS,
-    "sendto": _C.MESSAGE_BUFFER | _C.MESSAGE_FLAGS,
-    "readv": _C.MESSAGE_VECTOR | _C.MESSAGE_RECEIVE,
-    "writev": _C.MESSAGE_VECTOR,
-    "preadv2": _C.MESSAGE_VECTOR | _C.MESSAGE_RECEIVE,
-    "pwritev2": _C.MESSAGE_VECTOR,
-    "vmsplice": _C.MESSAGE_VECTOR,
-    "recvmsg": _C.MESSAGE_HEADER | _C.MESSAGE_RECEIVE,
-    "sendmsg": _C.MESSAGE_HEADER,
-    "recvmmsg": _C.MESSAGE_HEADERS | _C.MESSAGE_RECEIVE,
-    "sendmmsg": _C.MESSAGE_HEADERS,
-    "sendfile": _C.MESSAGE_SENDFILE,
-    "splice": _C.MESSAGE_SPLICE,
-    # what makes a connection; open is among them for named pipes
-    **dict.fromkeys(("accept", "accept4"), _C.MESSAGE_BIRTH_RESULT),
-    **dict.fromkeys(("open", "openat", "openat2", "creat"), _C.MESSAGE_BIRTH_RESULT),
-    "connect": _C.MESSAGE_BIRTH_FIRST,
-    **dict.fromkeys(("pipe", "pipe2"), _C.MESSAGE_BIRTH_PAIR),
-    "socketpair": _C.MESSAGE_BIRTH_FOURTH,
-    **dict.fromkeys(("io_uring_setup", "io_uring_enter"), _C.MESSAGE_RING),
-}
 
 
 @dataclass
@@ -174,21 +150,6 @@ def ring_slots(in_all: int, slot_bytes: int, cpus: int, bounds: tuple[int, int])
     return max(bounds[0], min(bounds[1], 1 << (wanted.bit_length() - 1)))
 
 
-def message_classes(machine: str) -> bytes:
-    """The table that tells the probes how each system call number moves messages."""
-    table = bytearray(512)
-    for number, name in SYSCALLS[machine].items():
-        if name in MESSAGE_CALLS and number < len(table):
-            table[number] = MESSAGE_CALLS[name]
-    return bytes(table)
-
-
-def number_of(name: str) -> int:
-    """The number of a system call on this machine."""
-    table = SYSCALLS[os.uname().machine]
-    return next(number for number, known in table.items() if known == name)
-
-
 class Capture:
     """Probes at work; a context manager that takes everything out of the kernel at its end."""
 
@@ -230,6 +191,14 @@ class Capture:
             if options.probes:
                 raise LoadError(f"cannot use --probe: {reason}; record without it")
             self.notes.append(f"{' and '.join(wanted)} cannot be recorded: {reason}")
+        self._preempted = self.loader == "libbpf" and programs_are_preempted()
+        refusal = tracepoint_event_refusal("raw_syscalls/sys_enter") if self._preempted else ""
+        self._by_events = self._preempted and not refusal
+        if refusal:
+            self.notes.append(
+                "calls are lost (and counted) while a thread waits for its CPU inside of a probe, since the"
+                f" probes can be no perf events: {refusal}"
+            )
         transports = choose_transport(options.transport)
         if self.loader == "bcc":  # compiling takes too long to try another one
             transports = transports[:1]
@@ -319,14 +288,6 @@ class Capture:
         options, families = self.options, self.options.families
         if self.loader == "libbpf":
             check_layout(self._object)
-        self._preempted = self.loader == "libbpf" and programs_are_preempted()
-        refusal = tracepoint_event_refusal("raw_syscalls/sys_enter") if self._preempted else ""
-        self._by_events = self._preempted and not refusal
-        if refusal:
-            self.notes.append(
-                "calls are lost (and counted) while a thread waits for its CPU inside of a probe, since the"
-                f" probes can be no perf events: {refusal}"
-            )
         self._object.select(
             {
                 *self._programs(),
@@ -354,7 +315,7 @@ class Capture:
             programs_are_preempted=self._preempted,
             recorder_tgid=os.getpid(),
             payload_limit=options.payload_bytes,
-            message_classes=message_classes(os.uname().machine),
+            message_classes=message_classes(),
             long_wait_ns=options.long_wait_ns,
             futex_number=number_of("futex"),
             munmap_number=number_of("munmap"),
@@ -460,6 +421,7 @@ class Capture:
             self.notes += self._rings.watch(from_the_start=True)
         self._look_up_running()
         self._meet_connections()
+        forget_kernel_types()
         return np.concatenate(marked)
 
     def _attach_tls(self, tgids: set[int]) -> None:

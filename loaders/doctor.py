@@ -16,13 +16,15 @@ from pathlib import Path
 from scope_ebpf.errors import FormatError, ScopeError
 from scope_ebpf.families import FAMILIES
 from scope_ebpf.loaders import bcc, cgroups, extras, privileges, tls
+from scope_ebpf.loaders.bindings import library
 from scope_ebpf.loaders.capture import (
     HOT_BYTES_IN_ALL,
     WIDE_BYTES_IN_ALL,
     check_layout,
-    number_of,
 )
-from scope_ebpf.loaders.libbpf import BpfObject, counts_as_locked, library
+from scope_ebpf.loaders.kernel import counts_as_locked
+from scope_ebpf.loaders.libbpf import BpfObject
+from scope_ebpf.loaders.message_calls import number_of
 from scope_ebpf.loaders.python.calls import try_breakpoint
 from scope_ebpf.loaders.python.checks import InterpreterReport, report_file, report_process
 from scope_ebpf.loaders.python.files import interpreters_in_path
@@ -316,11 +318,8 @@ def check_rings(obstacle: Check | None = None) -> Check:
     if refusal := rings_refused():
         return Check(name, None, "no process like this one can use it", refusal)
     way = extras.choose()
-    fact, _, reasons = way.told().removeprefix("messages through io_uring: ").partition(" (")
-    reasons = reasons.removesuffix(")")
     if not way.name:
-        fact, _, reasons = way.told().removeprefix("messages through io_uring: ").partition(": ")
-        return Check(name, None, f"messages are {fact}", reasons)
+        return Check(name, None, "messages are not seen", way.reasons)
     try:
         found = record_workload(RINGS)
     except (ScopeError, OSError, subprocess.SubprocessError) as error:
@@ -333,7 +332,8 @@ def check_rings(obstacle: Check | None = None) -> Check:
             "the probes are attached, but do not see everything on this kernel",
             "report it as a bug, with the output of `scope-ebpf doctor --json`",
         )
-    return Check(name, True, f"recorded {found} of {TIMES} messages; they are {fact}", reasons)
+    detail = f"recorded {found} of {TIMES} messages; they are seen by {way.seen}"
+    return Check(name, True, detail, way.reasons)
 
 
 def rings_refused() -> str:

@@ -18,7 +18,13 @@ from pathlib import Path
 
 from scope_ebpf.errors import LoadError
 from scope_ebpf.loaders import privileges
-from scope_ebpf.loaders.libbpf import BpfObject, KernelTypes, tracepoint_arguments
+from scope_ebpf.loaders.kernel import (
+    forget_kernel_types,
+    has_struct,
+    kernel_types,
+    tracepoint_arguments,
+)
+from scope_ebpf.loaders.libbpf import BpfObject
 from scope_ebpf.loaders.shared_globals import SharedGlobals
 
 # How the sentence for a recording begins.
@@ -107,12 +113,14 @@ class Way:
             loaded.detach_all(self.programs)
             raise
 
-    def told(self) -> str:
-        """A sentence about what is seen, and why not more."""
-        reasons = "; ".join(self.refusals) or "nothing was tried"
-        if not self.name:
-            return f"{NOT_SEEN}: {reasons}"
-        because = f" ({reasons})" if self.refusals else ""
+    @property
+    def reasons(self) -> str:
+        """Why not more is seen; empty: nothing was refused."""
+        return "; ".join(self.refusals)
+
+    @property
+    def seen(self) -> str:
+        """By what messages are seen, and what is not."""
         absent = [
             family
             for function, family in FAMILIES.items()
@@ -125,7 +133,14 @@ class Way:
             "tracepoints": ", without connects, pipes and payload heads",
             "kprobes": "; where many calls wait some are missed, and counted as lost",
         }.get(self.name, "")
-        return f"{SEEN} {self.name}{limits}{because}"
+        return f"{self.name}{limits}"
+
+    def told(self) -> str:
+        """A sentence about what is seen, and why not more."""
+        if not self.name:
+            return f"{NOT_SEEN}: {self.reasons or 'nothing was tried'}"
+        because = f" ({self.reasons})" if self.refusals else ""
+        return f"{SEEN} {self.seen}{because}"
 
 
 def choose() -> Way:
@@ -144,8 +159,7 @@ def choose() -> Way:
 
 
 def _functions() -> tuple[str, ...]:
-    with KernelTypes() as types:
-        functions = tuple(name for name in FUNCTIONS if types.has_function(name))
+    functions = tuple(name for name in FUNCTIONS if kernel_types().has_function(name))
     if not functions:
         raise LoadError("cannot probe sockets: the kernel's type information names none of them")
     return functions
@@ -186,9 +200,8 @@ WAYS: dict[str, Callable[[], tuple[str, ...]]] = {
 
 def why_unused() -> str:
     """Why no process can make an io_uring on this host; empty if one can."""
-    with KernelTypes() as types:
-        if not types.has_struct("io_ring_ctx"):
-            return "this kernel has no io_uring"
+    if not has_struct("io_ring_ctx"):
+        return "this kernel has no io_uring"
     try:
         setting = SETTING.read_text().strip()
     except OSError:
@@ -196,10 +209,10 @@ def why_unused() -> str:
     return "kernel.io_uring_disabled is 2" if setting == "2" else ""
 
 
-def employer_path(types: KernelTypes) -> int:
+def employer_path() -> int:
     """How this kernel gets from a worker to whose work it does, as in probes/sockets.h; 0: not known."""
     for path in EMPLOYER_PATHS:
-        offsets = [types.offset(*step) for step in path]
+        offsets = [kernel_types().offset(*step) for step in path]
         known = [offset for offset in offsets if offset is not None]
         if len(known) == len(path):
             return sum(offset << 16 * step for step, offset in enumerate(known))
@@ -292,9 +305,9 @@ class RingWatch:
                 way = Way("", refusals=(*way.refusals, f"{way.name}: {error}"))
             else:
                 self._loaded = loaded
-                with KernelTypes() as types:
-                    self._path[0] = employer_path(types)
+                self._path[0] = employer_path()
         self._way = way
+        forget_kernel_types()
 
     def stop(self) -> None:
         """Nothing more is to be told; the programs stay attached until close()."""

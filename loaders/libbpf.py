@@ -1,44 +1,38 @@
-"""libbpf, called through ctypes: BPF objects, their globals, maps, programs, links and iterators.
-
-Functions and their meaning: https://libbpf.readthedocs.io (1.0 and later; 1.1.2 is Debian 12's).
-"""
+"""BPF objects under libbpf: their globals, maps, programs, links and iterators."""
 
 import ctypes as c
 import errno
 import functools
 import mmap
 import os
-import re
 import resource
 import struct
-import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from scope_ebpf.errors import LoadError
+from scope_ebpf.loaders.bindings import bpf, library
 from scope_ebpf.loaders.btf import Btf
 from scope_ebpf.loaders.elf import ElfObject
-from scope_ebpf.loaders.perf import open_cpu_clock, open_tracepoint
+from scope_ebpf.loaders.kernel import (
+    counts_as_locked,
+    has_multi_uprobes,
+    perf_event_paranoid,
+    possible_cpus,
+)
+from scope_ebpf.loaders.perf import open_cpu_clock
 
-# A function of newer kernels (6.2) that the probes do without: see probes/kernel.h.
 NO_FUNCTION = b"scope_ebpf has no such function"
-LOG_LINES = 400
 CLOSING_THREADS = 16
 # Of a map, to look at: more than any of ours has.
 MOST_ELEMENTS = 1 << 18
-LIBBPF_DEBUG = 2  # enum libbpf_print_level
-LOG_BYTES = 1 << 20  # libbpf hands over the whole log of the verifier at once
-PRINT_CALLBACK = c.CFUNCTYPE(c.c_int, c.c_int, c.c_char_p, c.c_void_p)
-# include/uapi/linux/bpf.h, and the number of bpf(2)
+# include/uapi/linux/bpf.h
 BPF_LINK_CREATE, BPF_TRACE_UPROBE_MULTI = 28, 48
-# include/uapi/linux/bpf.h: struct bpf_prog_info up to recursion_misses, which is the last of these bytes
+# struct bpf_prog_info up to recursion_misses, which is the last of these bytes
 RECURSION_MISSES = 208
 PROGRAM_INFO_BYTES = RECURSION_MISSES + 8
-TRACEFS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
-BPF_SYSCALL = {"x86_64": 321, "aarch64": 280}
 MULTI_UPROBE = struct.Struct("<4I4Q3I")
 CAUSES = {
     errno.EPERM: "permission denied; run as root, or grant CAP_BPF and CAP_PERFMON",
@@ -74,14 +68,6 @@ class PerfEventsRefusedError(LoadError):
     """The kernel opens no perf events for who has CAP_PERFMON only (Debian's and Ubuntu's patches)."""
 
 
-def perf_event_paranoid() -> str:
-    """The kernel's setting of that name."""
-    try:
-        return Path("/proc/sys/kernel/perf_event_paranoid").read_text().strip()
-    except OSError:
-        return "unknown"
-
-
 def perf_events_refused(action: str) -> PerfEventsRefusedError:
     """What to say when the kernel opens no perf event for it."""
     return PerfEventsRefusedError(
@@ -100,117 +86,6 @@ class _UprobeOptions(c.Structure):
         ("at_return", c.c_bool),
         ("function", c.c_char_p),
     )
-
-
-class _Library:
-    """The functions of libbpf.so that are used, with their types."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        try:
-            lib = c.CDLL("libbpf.so.1", use_errno=True)
-        except OSError as error:
-            raise LoadError(
-                "cannot load libbpf.so.1: it is not installed;"
-                " run `sudo apt install libbpf1` (libbpf 1.0 or later is needed)"
-            ) from error
-        self._libc = c.CDLL(None)
-        pointer, text, number, size = c.c_void_p, c.c_char_p, c.c_int, c.c_size_t
-
-        def function(name: str, result: object, *arguments: object) -> "c._NamedFuncPointer":
-            try:
-                entry = getattr(lib, name)
-            except AttributeError as error:
-                raise LoadError(
-                    f"cannot use libbpf.so.1: it has no {name}; install libbpf 1.0 or later"
-                ) from error
-            entry.restype, entry.argtypes = result, arguments
-            return entry  # type: ignore[no-any-return]
-
-        self.set_print = function("libbpf_set_print", pointer, PRINT_CALLBACK)
-        self.version = function("libbpf_version_string", text)
-        self.open_file = function("bpf_object__open_file", pointer, text, pointer)
-        self.load = function("bpf_object__load", number, pointer)
-        self.next_btf = function("bpf_btf_get_next_id", number, c.c_uint32, pointer)
-        self.close = function("bpf_object__close", None, pointer)
-        self.next_program = function("bpf_object__next_program", pointer, pointer, pointer)
-        self.program_name = function("bpf_program__name", text, pointer)
-        self.set_autoload = function("bpf_program__set_autoload", number, pointer, c.c_bool)
-        self.expect_attach_type = function(
-            "bpf_program__set_expected_attach_type", number, pointer, number
-        )
-        self.set_attach_target = function(
-            "bpf_program__set_attach_target", number, pointer, number, text
-        )
-        self.program_fd = function("bpf_program__fd", number, pointer)
-        self.object_info = function("bpf_obj_get_info_by_fd", number, number, pointer, pointer)
-        self.find_program = function("bpf_object__find_program_by_name", pointer, pointer, text)
-        self.attach = function("bpf_program__attach", pointer, pointer)
-        self.attach_uprobe = function(
-            "bpf_program__attach_uprobe_opts", pointer, pointer, number, text, size, pointer
-        )
-        self.attach_kprobe = function(
-            "bpf_program__attach_kprobe", pointer, pointer, c.c_bool, text
-        )
-        self.attach_perf_event = function(
-            "bpf_program__attach_perf_event", pointer, pointer, number
-        )
-        self.link_destroy = function("bpf_link__destroy", number, pointer)
-        self.link_fd = function("bpf_link__fd", number, pointer)
-        self.iterate = function("bpf_iter_create", number, number)
-        self.find_map = function("bpf_object__find_map_by_name", pointer, pointer, text)
-        self.next_map = function("bpf_object__next_map", pointer, pointer, pointer)
-        self.map_name = function("bpf_map__name", text, pointer)
-        self.map_fd = function("bpf_map__fd", number, pointer)
-        self.reuse_map = function("bpf_map__reuse_fd", number, pointer, number)
-        self.set_max_entries = function("bpf_map__set_max_entries", number, pointer, c.c_uint32)
-        self.set_value_size = function("bpf_map__set_value_size", number, pointer, c.c_uint32)
-        self.initial_value = function("bpf_map__initial_value", pointer, pointer, c.POINTER(size))
-        self.map_update = function(
-            "bpf_map_update_elem", number, number, pointer, pointer, c.c_uint64
-        )
-        self.map_next_key = function("bpf_map_get_next_key", number, number, pointer, pointer)
-        self.map_lookup = function("bpf_map_lookup_elem", number, number, pointer, pointer)
-        self.kernel_btf = function("btf__load_vmlinux_btf", pointer)
-        self.btf_free = function("btf__free", None, pointer)
-        self.btf_find = function("btf__find_by_name_kind", number, pointer, text, c.c_uint32)
-        self.btf_type = function("btf__type_by_id", pointer, pointer, c.c_uint32)
-        self.btf_name = function("btf__name_by_offset", text, pointer, c.c_uint32)
-        self._callback = PRINT_CALLBACK(self._print)
-        self.set_print(self._callback)
-
-    def _print(self, level: int, template: bytes, arguments: int) -> int:
-        if level == LIBBPF_DEBUG:
-            return 0  # thousands of lines per object; what explains a failure is a warning
-        buffer = c.create_string_buffer(LOG_BYTES)
-        self._libc.vsnprintf(
-            buffer, c.c_size_t(LOG_BYTES), c.c_char_p(template), c.c_void_p(arguments)
-        )
-        self.log += buffer.value.decode(errors="replace").splitlines()
-        del self.log[:-LOG_LINES]
-        return 0
-
-
-_library: _Library | None = None
-_library_lock = threading.Lock()
-
-
-def library() -> _Library:
-    """libbpf, loaded at the first use.
-
-    Raises:
-        LoadError: it is not installed or too old.
-    """
-    global _library  # noqa: PLW0603 - one process, one libbpf
-    with _library_lock:
-        if _library is None:
-            _library = _Library()
-        return _library
-
-
-def counts_as_locked() -> bool:
-    """Whether BPF counts against RLIMIT_MEMLOCK: before 5.11, for who has no CAP_SYS_RESOURCE."""
-    return tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) < (5, 11)
 
 
 def explain(number: int, log: list[str]) -> str:
@@ -577,61 +452,6 @@ def _read_version(path: Path, _changed_ns: int, _inode: int) -> tuple[ElfObject,
     return elf, Btf.from_bytes(elf.section(".BTF"), str(path))
 
 
-@functools.cache
-def has_multi_uprobes() -> bool:
-    """Whether a link can hold uprobes by itself, without a perf event: since 6.6 (commit 89ae89f53d20).
-
-    Taking away a perf event's uprobe costs the kernel a tenth of a second, one after the other.
-    """
-    return has_kernel_struct("bpf_uprobe_multi_link")
-
-
-@functools.cache
-def has_cookies() -> bool:
-    """Whether a probe can be told where it was attached: since 5.15 (commit 82e6b1eee6a8).
-
-    The link that keeps the cookie came with it.
-    """
-    return has_kernel_struct("bpf_perf_link")
-
-
-@functools.cache
-def has_kernel_struct(name: str) -> bool:
-    """Whether the running kernel's BTF has a struct."""
-    with KernelTypes() as types:
-        return types.has_struct(name)
-
-
-def programs_are_preempted() -> bool:
-    """Whether another task may run before a program at a tracepoint has ended.
-
-    From 7.0 on tracepoints are guarded by srcu_fast_notrace (commit a46023d5616e), no more by disabled
-    preemption. The type of that guard is in the kernel's BTF since then: 6.18 has none.
-    """
-    with KernelTypes() as types:
-        return types.has_typedef("class_srcu_fast_notrace_t")
-
-
-def tracepoint_event_refusal(name: str) -> str:
-    """Why perf opens no event for a tracepoint, as raw_syscalls/sys_enter; empty: it does."""
-    for folder in TRACEFS:
-        try:
-            number = int((folder / "events" / name / "id").read_text())
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            return f"{folder} cannot be read: {error.strerror}; run as root"
-        descriptor = open_tracepoint(number)
-        if descriptor >= 0:
-            os.close(descriptor)
-            return ""
-        return (
-            f"perf refuses it: {os.strerror(-descriptor)}, with kernel.perf_event_paranoid ="
-            f" {perf_event_paranoid()}; run as root, or `sysctl kernel.perf_event_paranoid=2`"
-        )
-    return "tracefs is not mounted; run `mount -t tracefs none /sys/kernel/tracing`"
-
-
 def _multi_uprobe(program_fd: int, path: Path, places: Sequence[Uprobe], at_return: bool) -> int:
     """bpf(BPF_LINK_CREATE), which libbpf 1.1 does not know for this: a descriptor, or -errno."""
     name, count = c.create_string_buffer(os.fsencode(path)), len(places)
@@ -646,94 +466,3 @@ def _multi_uprobe(program_fd: int, path: Path, places: Sequence[Uprobe], at_retu
         count, int(at_return), 0,
     )  # fmt: skip
     return bpf(BPF_LINK_CREATE, attributes)
-
-
-def bpf(command: int, attributes: "c.Array[c.c_char]") -> int:
-    """bpf(2), for what libbpf does not offer: its result, or -errno."""
-    number = BPF_SYSCALL.get(os.uname().machine)
-    if number is None:
-        return -errno.ENOSYS
-    call = c.CDLL(None, use_errno=True).syscall
-    call.restype, call.argtypes = c.c_long, [c.c_long, c.c_int, c.c_void_p, c.c_uint]
-    result = int(call(number, command, attributes, len(attributes)))
-    return result if result >= 0 else -c.get_errno()
-
-
-class KernelTypes:
-    """The running kernel's own types and functions, without its modules'; a context manager."""
-
-    def __init__(self) -> None:
-        """Read them; without BTF there are none."""
-        self._lib = library()
-        self._btf = self._lib.kernel_btf()
-
-    def __enter__(self) -> "KernelTypes":
-        """The types themselves."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give the memory back."""
-        if self._btf:
-            self._lib.btf_free(self._btf)
-            self._btf = None
-
-    def has_function(self, name: str) -> bool:
-        """Whether there is such a function."""
-        return self._find(name, 12) > 0  # BTF_KIND_FUNC
-
-    def has_struct(self, name: str) -> bool:
-        """Whether there is such a struct."""
-        return self._find(name, 4) > 0  # BTF_KIND_STRUCT
-
-    def has_typedef(self, name: str) -> bool:
-        """Whether there is such a typedef."""
-        return self._find(name, 8) > 0  # BTF_KIND_TYPEDEF
-
-    def offset(self, struct_name: str, member: str) -> int | None:
-        """How many bytes into a struct a member lies; None if there is none, or it is a bit field."""
-        number = self._find(struct_name, 4)
-        if number <= 0:
-            return None
-        address = self._lib.btf_type(self._btf, number)
-        _, info, _ = c.cast(address, c.POINTER(c.c_uint32 * 3)).contents
-        count = info & 0xFFFF
-        members = c.cast(address + 12, c.POINTER(c.c_uint32 * (3 * count))).contents
-        for place in range(count):
-            name, _, bits = members[3 * place : 3 * place + 3]
-            # of a struct with bit fields the upper byte is their size
-            size, bits = (bits >> 24, bits & 0xFFFFFF) if info >> 31 else (0, bits)
-            if self._lib.btf_name(self._btf, name) == member.encode() and not size:
-                return int(bits // 8)
-        return None
-
-    def _find(self, name: str, kind: int) -> int:
-        return int(self._lib.btf_find(self._btf, name.encode(), kind)) if self._btf else 0
-
-
-@functools.cache
-def tracepoint_arguments(name: str) -> int:
-    """How many arguments a tracepoint's BTF prototype has, without the leading void pointer; 0: none.
-
-    The kernel's BTF has a typedef `btf_trace_NAME` of a pointer to that prototype.
-    """
-    lib = library()
-    with ExitStack() as stack:
-        btf = lib.kernel_btf()
-        if not btf:
-            return 0
-        stack.callback(lib.btf_free, btf)
-        number = lib.btf_find(btf, f"btf_trace_{name}".encode(), 8)  # BTF_KIND_TYPEDEF
-        for _ in range(3):
-            if number <= 0:
-                return 0
-            address = lib.btf_type(btf, number)
-            _, info, number = c.cast(address, c.POINTER(c.c_uint32 * 3)).contents
-            if (info >> 24) & 0x1F == 13:  # BTF_KIND_FUNC_PROTO
-                return int(info & 0xFFFF) - 1
-    return 0
-
-
-def possible_cpus() -> int:
-    """One more than the highest CPU number that this host can have."""
-    text = Path("/sys/devices/system/cpu/possible").read_text()
-    return max(int(part.split("-")[-1]) for part in text.strip().split(",")) + 1

@@ -167,14 +167,16 @@ def _distance(begin: int, end: int) -> int:
 class PerfMemory:
     """A perf event for the output of BPF programs on one CPU, and its mapped ring."""
 
-    def __init__(self, cpu: int, size: int) -> None:
+    def __init__(self, cpu: int, size: int, *, timed: bool = False) -> None:
         """Open and map it; `descriptor` is -1 on a CPU that is not online.
+
+        With `timed` each sample begins with its time.
 
         Raises:
             LoadError: with the kernel's reason.
         """
         self.cpu = cpu
-        self.descriptor = open_bpf_output(cpu)
+        self.descriptor = open_bpf_output(cpu, timed=timed)
         self.size = size
         if self.descriptor == -errno.ENODEV:
             self.descriptor = -1
@@ -196,14 +198,12 @@ class PerfMemory:
                 " kernel.perf_event_mlock_kb"
             ) from error
 
-    def ring(self, dtype: np.dtype[Any], tail: NDArray[np.uint64]) -> PerfRing:
-        """The ring in it; of a CPU that is not online it stays empty."""
+    def arrays(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        """The page of control data and the ring; of a CPU that is not online they stay empty."""
         if self.descriptor < 0:
-            empty = np.zeros(mmap.PAGESIZE // 8, np.uint64)
-            return PerfRing(empty, np.zeros(mmap.PAGESIZE, np.uint8), dtype, tail)
+            return np.zeros(mmap.PAGESIZE // 8, np.uint64), np.zeros(mmap.PAGESIZE, np.uint8)
         control = np.frombuffer(self._memory, np.uint64, mmap.PAGESIZE // 8)
-        data = np.frombuffer(self._memory, np.uint8, self.size, mmap.PAGESIZE)
-        return PerfRing(control, data, dtype, tail)
+        return control, np.frombuffer(self._memory, np.uint8, self.size, mmap.PAGESIZE)
 
     def close(self) -> None:
         """Close the event; its memory goes with the last array over it."""

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scope_ebpf.errors import FormatError, ScopeError
-from scope_ebpf.loaders.libbpf import has_multi_uprobes, library
+from scope_ebpf.loaders.bindings import library
+from scope_ebpf.loaders.kernel import has_multi_uprobes
 from scope_ebpf.loaders.perf import open_bpf_output
 
 _NAMES = """

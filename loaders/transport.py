@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from scope_ebpf.loaders.libbpf import BpfObject, bpf
+from scope_ebpf.loaders.bindings import bpf
+from scope_ebpf.loaders.libbpf import BpfObject
 from scope_ebpf.loaders.perf_ring import PerfMemory, PerfRing, ring_bytes, sample_bytes
 from scope_ebpf.loaders.ring import Records, SlotRing, array_in
 
@@ -156,7 +157,7 @@ class PerfBuffers(Transport):
             self._memories.append(memory)
             if memory.descriptor >= 0:
                 self._object.update(name, cpu, memory.descriptor)
-            rings.append(memory.ring(dtype, states[f"{name}_tail"][cpu : cpu + 1]))
+            rings.append(PerfRing(*memory.arrays(), dtype, states[f"{name}_tail"][cpu : cpu + 1]))
         return rings
 
     def close(self) -> None:

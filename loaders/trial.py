@@ -1,6 +1,5 @@
 """A trial of the probes: a small process does a known number of things, and what was recorded is counted."""
 
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +10,8 @@ import numpy as np
 
 from scope_ebpf.errors import LoadError
 from scope_ebpf.loaders import extras
-from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions, number_of
+from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions
+from scope_ebpf.loaders.message_calls import number_of
 from scope_ebpf.records import (
     CALL,
     MESSAGE,
@@ -24,7 +24,6 @@ from scope_ebpf.records import (
     RecordLimits,
     SampleReason,
 )
-from scope_ebpf.syscalls import syscall_names
 
 TIMES = 23
 SLEEP_NS = 500_000
@@ -101,7 +100,7 @@ RING_WORKLOAD = f"""
 import ctypes, mmap, os, socket, struct
 call = ctypes.CDLL(None, use_errno=True).syscall
 parameters = ctypes.create_string_buffer(120)
-ring = call({{setup}}, 32, parameters)
+ring = call({number_of("io_uring_setup")}, 32, parameters)
 tail, array = struct.unpack_from("<4xI16xI", parameters.raw, 40)
 queue = mmap.mmap(ring, array + 4 * 32, offset=0)
 entries = mmap.mmap(ring, 64 * 32, offset=0x10000000)
@@ -115,10 +114,15 @@ for n in range({TIMES}):
     entries[64 * n:64 * n + 64] = entry.ljust(64, b"\\0")
     struct.pack_into("<I", queue, array + 4 * n, n)
     struct.pack_into("<I", queue, tail, n + 1)
-    call({{enter}}, ring, 1, n + 1, 1, 0, 0)
+    call({number_of("io_uring_enter")}, ring, 1, n + 1, 1, 0, 0)
 """
-WORKLOADS = {"tls": TLS_WORKLOAD, "contexts": CONTEXT_WORKLOAD, "gil": GIL_WORKLOAD}
 RINGS = "rings"  # not a family: messages that are sent through io_uring
+WORKLOADS = {
+    "tls": TLS_WORKLOAD,
+    "contexts": CONTEXT_WORKLOAD,
+    "gil": GIL_WORKLOAD,
+    RINGS: RING_WORKLOAD,
+}
 # A busy host adds waits.
 AT_LEAST = frozenset({"offcpu", "samples", "gil"})
 
@@ -131,12 +135,7 @@ def record_workload(family: str, transport: str = "auto") -> int:
     Raises:
         ScopeError: the kernel refuses the probes, with the reason.
     """
-    program = WORKLOADS.get(family, WORKLOAD)
-    if family == RINGS:
-        program = RING_WORKLOAD.format(
-            setup=number_of("io_uring_setup"), enter=number_of("io_uring_enter")
-        )
-    with workload(program) as (process, begin):
+    with workload(WORKLOADS.get(family, WORKLOAD)) as (process, begin):
         options = CaptureOptions(
             tgids=(process.pid,),
             families=("messages" if family == RINGS else family,),
@@ -204,9 +203,8 @@ def count_events(family: str, batch: Batch) -> int:
         return int((waits & (samples["stack"] != 0)).sum())
     calls, messages, intervals = hot.view(CALL), hot.view(MESSAGE), hot.view(OFFCPU)
     if family == "syscalls":
-        names = syscall_names(platform.machine())
-        getppid = [number for number, name in names.items() if name == "getppid"]
-        chosen = (calls["kind"] == RecordKind.RECORD_CALL) & np.isin(calls["number"], getppid)
+        getppid = calls["number"] == number_of("getppid")
+        chosen = (calls["kind"] == RecordKind.RECORD_CALL) & getppid
     elif family == RINGS:
         chosen = (messages["kind"] == RecordKind.RECORD_MESSAGE) & (
             messages["fd"] == RecordLimits.NO_DESCRIPTOR

@@ -218,9 +218,8 @@ def _binary(key: tuple[str, int, str], open_path: Callable[[], Path]) -> PythonB
         except FormatError as error:
             binary = OtherBinary(needs_python=False)
             if isinstance(error.__cause__, OSError):
-                return (
-                    binary  # its process may have ended just now: the next one of its kind can tell
-                )
+                # its process may have ended just now: the next one of its kind can tell
+                return binary
         _binaries[key] = binary
     return binary
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from scope_ebpf import records
 from scope_ebpf.loaders import privileges
-from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions, number_of
+from scope_ebpf.loaders.capture import Batch, Capture, CaptureOptions
+from scope_ebpf.loaders.message_calls import number_of
 from scope_ebpf.recording.meta import read_meta
 from scope_ebpf.records import RecordFlags, RecordKind, RecordLimits
 from tests.live.recording import Session, Target, compiled, recorder

@@ -13,6 +13,7 @@ from scope_ebpf.loaders.bcc_life import parse_call
 from scope_ebpf.loaders.bcc_programs import Place, find_places, read_source, table_names
 from scope_ebpf.loaders.bcc_source import joined, translate
 from scope_ebpf.loaders.choice import choose_loader
+from scope_ebpf.loaders.kernel import kernel_version
 from scope_ebpf.recording.own_tables import own_frame, schema_of
 from scope_ebpf.recording.schema import SCHEMAS
 
@@ -257,8 +258,8 @@ def test_flags_for_newer_headers():
 
 
 def test_kernel_version():
-    assert bcc.kernel_version("5.10.0-46-cloud-amd64") == (5, 10)
-    assert bcc.kernel_version("6.12+deb13") == (6, 12)
+    assert kernel_version("5.10.0-46-cloud-amd64") == (5, 10)
+    assert kernel_version("6.12+deb13") == (6, 12)
 
 
 def test_call_of_a_sleeper():
