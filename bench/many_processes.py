@@ -10,7 +10,8 @@ from pathlib import Path
 import polars as pl
 import tracers
 from getppid import getppid_number
-from many_tree import Tree, compile_tree
+from many_tree import SOURCE, Tree
+from programs import compile_c
 from results import Row, Section
 from setting import SCOPE_EBPF, Setting
 from summary_time import run_summary
@@ -37,7 +38,7 @@ PACED, QUICK_PACED = 1000, 100
 def measure(setting: Setting) -> Section:
     """Trees of each size, with scope-ebpf and then with the others, and storms."""
     section = Section(NAME, TITLE)
-    program = compile_tree(setting.directory)
+    program = compile_c(SOURCE, setting.directory)
     attached: dict[int, float] = {}
     cpu: dict[int, float] = {}
     memory: dict[int, float] = {}

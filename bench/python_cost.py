@@ -8,7 +8,6 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 import tracers
 from results import Section
@@ -74,12 +73,7 @@ class Target:
         """The target itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End it."""
         with suppress(BrokenPipeError):
             self.process.communicate("", timeout=10)

@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from getppid import Getppid, compile_target
+from getppid import SOURCE, Getppid
+from programs import compile_c
 from shop import MeasuredShop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +54,7 @@ class Setting:
     @cached_property
     def getppid_program(self) -> Path:
         """The compiled synthetic target."""
-        return compile_target(self.directory)
+        return compile_c(SOURCE, self.directory)
 
     def getppid(self, cpu: int | None = None) -> Getppid:
         """A synthetic target, to be used as a context manager."""

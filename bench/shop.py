@@ -15,7 +15,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "shop"
@@ -100,7 +99,7 @@ class MeasuredShop:
         try:
             self._start()
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         return self
 
@@ -128,12 +127,7 @@ class MeasuredShop:
         # who started it and looks after it is not traced, so it must not be counted
         self._group.release(self._process.pid)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End it and remove its cgroup."""
         if hasattr(self, "_process"):
             self._process.terminate()
