@@ -596,8 +596,14 @@ class Recording:
             return segments
         try:
             found = list_segments(self.path / table, segments[0].number)
-        except RecordingError:  # reading them will say what is missing
-            return segments
+        except RecordingError as error:
+            now = read_meta(self.path).tables.get(table)
+            if now is None or now.first_segment <= segments[0].number:
+                return segments  # reading them will say what is missing
+            raise RecordingError(
+                f"{self.path} has dropped the oldest rows of {table} since it was opened, to keep its"
+                " quota; open it again"
+            ) from error
         self._segments[table] = [each for each in found if each.number <= segments[-1].last]
         self._checked.discard(table)
         self._rows.pop(table, None)

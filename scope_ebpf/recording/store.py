@@ -166,7 +166,7 @@ class Store:
         self._newest_bytes = max(self._writer.disk_bytes - before, self._newest_bytes // 2)
         self._keep_quota()
         if (batch.notes or time.monotonic() >= self._next_meta) and self._failed is None:
-            self._writer.remove_parts()
+            self._remove_old()
             self._writer.write_meta(self._lost_now(), self._recorder_use())
             self._next_meta = time.monotonic() + META_SECONDS
         if self._failed is not None and not failed_before:
@@ -179,10 +179,10 @@ class Store:
             RecordingError: it could not be written.
         """
         notes: tuple[str, ...] = ()
+        self._remove_old(every=True)
         failure = self._failed if self._failed is not None else failure
         if failure is not None:
             notes = (f"recording ended early: {str(failure) or type(failure).__name__}",)
-        self._writer.remove_parts(every=True)
         self._writer.release_reserve()
         self._writer.write_meta(
             self._lost_now(),
@@ -203,25 +203,37 @@ class Store:
                     self._failed = error
         self._lost[table] += len(rows)
 
+    def _remove_old(self, *, every: bool = False) -> None:
+        """Remove what stayed for readers only: what they had time for, or `every` file."""
+        self._writer.remove_parts(every=every)
+        try:
+            self._writer.remove_dropped(only_due=not every)
+        except RecordingError as error:
+            self._failed = error
+
     def _keep_quota(self) -> None:
         """Drop the oldest chunks that the quota has no room for, with room for another batch."""
         most_bytes, most_seconds = self._keep
         chunks = self._writer.chunks
-        while self._failed is None and (len(chunks) > 1 or self._earlier):
+        while self._failed is None:
             used = self._writer.disk_bytes + self._newest_bytes + OTHER_BYTES
             used += sum(earlier.disk_bytes for earlier in self._earlier)
             too_much = most_bytes is not None and used > most_bytes
+            age = 0.0
             if self._earlier:
                 age = (time.time_ns() - self._earlier[0].ended_realtime_ns) / 1e9
-            else:
+            elif len(chunks) > 1:
                 age = time.monotonic() - chunks[1].began_at
             too_old = most_seconds is not None and age > most_seconds
             if not (too_much or too_old) or not self._drop_oldest():
                 break
 
     def _drop_oldest(self) -> bool:
-        """Drop an earlier recording, or a chunk if there is a quota and it is not the newest one."""
-        if not self._earlier and (self._keep == (None, None) or len(self._writer.chunks) < 2):
+        """Drop an earlier recording, or a chunk if there is a quota and it is not the newest one.
+
+        Returns whether something was dropped, or removed that had been dropped before.
+        """
+        if not self._earlier and self._keep == (None, None):
             return False
         try:
             if self._earlier:
@@ -229,6 +241,8 @@ class Store:
                 gone = self._earlier.pop(0)
                 self._writer.note(f"{gone.path.name} was removed, as the quota has it")
                 return True
+            if len(self._writer.chunks) < 2:
+                return self._writer.remove_dropped()
             self._writer.drop_chunk(self._lost_now(), self._recorder_use())
         except RecordingError as error:
             self._failed = error

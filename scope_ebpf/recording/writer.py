@@ -23,10 +23,8 @@ FILE_MODE = 0o600
 # Room for the last meta.json, so that a full disk does not keep the counts from being written.
 RESERVE_FILE = ".reserve"
 RESERVE_BYTES = 1 << 16
-# Segments that another stands for stay so long, for readers that found them before.
+# Segments that another stands for, or that were dropped, stay so long for readers that found them before.
 KEPT_SECONDS = 30.0
-
-
 # What a file takes on the disk, in blocks of most file systems.
 BLOCK_BYTES = 4096
 
@@ -65,6 +63,8 @@ class RecordingWriter:
         self._dropped_rows = Counter[str]()
         self._dropped_segments = Counter[str]()
         self.chunks = deque([Chunk(meta.started_ns, time.monotonic())])
+        self._dropped: Chunk | None = None  # the last one, if its files are still there
+        self._dropped_due = 0.0  # of time.monotonic()
         # the first segment of a table must not wait for its folder to be made
         for table in tables:
             self._make_folder(path / table)
@@ -172,7 +172,7 @@ class RecordingWriter:
     @property
     def disk_bytes(self) -> int:
         """What the segments take on the disk, in whole blocks."""
-        return sum(chunk.disk_bytes for chunk in self.chunks)
+        return sum(chunk.disk_bytes for chunk in (*self.chunks, self._dropped) if chunk)
 
     def begin_chunk(self, began_ns: int) -> None:
         """From here on, nothing refers to what was written before."""
@@ -183,13 +183,14 @@ class RecordingWriter:
         self.meta = replace(self.meta, notes=[*self.meta.notes, sentence])
 
     def drop_chunk(self, lost: dict[str, int], use: RecorderUse) -> None:
-        """Remove the oldest chunk, of two or more.
+        """Drop the oldest chunk, of two or more; its files go later, with remove_dropped() or the next one.
 
         meta.json says so first, and waits for the disk: what it names is there whatever happens.
 
         Raises:
             RecordingError: meta.json could not be written, or a segment not be removed.
         """
+        self.remove_dropped()
         chunk = self.chunks.popleft()
         for table, rows in chunk.rows.items():
             self.rows[table] -= rows
@@ -197,6 +198,21 @@ class RecordingWriter:
         self._dropped_segments += chunk.segments
         self.meta = replace(self.meta, dropped_until_ns=self.chunks[0].began_ns)
         self.write_meta(lost, use, durable=True)
+        self._dropped, self._dropped_due = chunk, time.monotonic() + KEPT_SECONDS
+
+    def remove_dropped(self, *, only_due: bool = False) -> bool:
+        """Remove the files of what was dropped last; returns whether there were any.
+
+        Args:
+            only_due: not before readers have had their time.
+
+        Raises:
+            RecordingError: one could not be removed.
+        """
+        chunk = self._dropped
+        if chunk is None or (only_due and time.monotonic() < self._dropped_due):
+            return False
+        self._dropped = None
         for file in chunk.files:
             try:
                 self.bytes_on_disk -= file.stat().st_size
@@ -207,6 +223,7 @@ class RecordingWriter:
                 raise RecordingError(
                     f"cannot remove {file}: {error.strerror}; the quota cannot be kept"
                 ) from error
+        return True
 
     def write_meta(
         self,

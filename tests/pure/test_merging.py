@@ -177,7 +177,8 @@ def test_chunks_of_a_quota_are_merged_apart(tmp_path):
     write(made, FAN + 3)
     made.begin_chunk(META.started_ns + 1000)
     write(made, 2 * FAN, FAN + 3)
-    made.drop_chunk({}, META.recorder)  # parts and what stands for them
+    made.drop_chunk({}, META.recorder)
+    made.remove_dropped()  # parts and what stands for them
     recording = open_recording(path)
     assert stored(recording) == expected(2 * FAN, FAN + 3)
     end(made)
