@@ -23,6 +23,7 @@ from scope_ebpf.analysis.peers import known_servers, name_peers
 from scope_ebpf.analysis.schema import EDGE, EDGES, EVIDENCE, SPAN_KIND, SPANS
 from scope_ebpf.analysis.services import service_lives
 from scope_ebpf.analysis.silence import explain_silence
+from scope_ebpf.analysis.upgrades import name_upgraded
 from scope_ebpf.analysis.wire import read_wire
 from scope_ebpf.protocols.heads import Heads
 from scope_ebpf.protocols.registry import PROTOCOLS
@@ -110,7 +111,7 @@ def _exchanges(
         [protocol.name for protocol in PROTOCOLS],
         ended_ns,
     )
-    return resolve_statements(drafts), heads, owned
+    return resolve_statements(name_upgraded(drafts, heads)), heads, owned
 
 
 def match_ends(drafts: pl.DataFrame) -> pl.DataFrame:

@@ -13,14 +13,14 @@ from scope_ebpf.analysis.schema import PARTS, REQUESTS
 from scope_ebpf.recording.reader import Recording
 
 # Protocols of applications: what they handled is a request also where another service asked.
-_APPLICATIONS = ("http",)
+_APPLICATIONS = ("http", "websocket")
 
 
 def find_requests(recording: Recording, chains: Chains) -> pl.DataFrame:
     """One row per request that a recorded server handled and per job, with the schema REQUESTS.
 
     A request is a server's span that nothing recorded caused, any
-    server's span of HTTP, or a consumer's span. Of those whose request was not seen, because it
+    server's span of HTTP or WebSocket, or a consumer's span. Of those whose request was not seen, because it
     came before the recording, nothing is known: they are left out.
     """
     spans = chains.spans

@@ -528,3 +528,57 @@ def test_an_empty_recording(tmp_path: Path):
     recording = Story().record(tmp_path / "a.scope")
     assert spans_of(recording) == []
     assert recording.requests().collect().is_empty()
+
+
+SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: WebSocket\r\nConnection: Upgrade\r\n\r\n"
+
+
+def test_what_follows_an_upgrade_is_not_http(tmp_path: Path):
+    story = cast()
+    link = story.link(1, WEB, 8000)
+    story.ask(link, http("GET /chat"), SWITCHED, 0, MS)
+    # a word of a frame may look like the request line of another request
+    story.ask(link, b"\x81\x85mask\x05\x04\x1f\x07\n", b"\x81\x02ok", 2 * MS, MS)
+    story.ask(link, http("GET /nowhere"), b"\x81\x02ok", 4 * MS, MS)
+    sql = story.link(WEB, DATABASE, 5432)
+    story.say(link, b"\x81\x85mask\x05\x04\x1f\x07\n", 6 * MS, by_client=True)
+    story.ask(sql, query("SELECT 1"), selected(1), 7 * MS, MS)
+    story.say(link, b"\x81\x02ok", 9 * MS, by_client=False)
+    recording = story.record(tmp_path / "a.scope")
+    spans = spans_of(recording)
+    served = [span for span in spans if span["kind"] == "server" and span["service"] == "web"]
+    assert [(span["protocol"], span["operation"], span["status"]) for span in served] == [
+        ("http", "GET /chat", "101"),
+        *[("websocket", "WebSocket message", None)] * 3,
+    ]
+    asked = one(spans, kind="client", protocol="postgresql")
+    assert asked["parent_id"] == served[-1]["span_id"]
+    requests = recording.requests().collect()
+    assert requests["operation"].to_list() == ["GET /chat", *["WebSocket message"] * 3]
+
+
+@pytest.mark.parametrize(
+    ("request_line", "response"),
+    [("CONNECT example.com:443", answer(body=b"")), ("GET /", answer("101 Switching Protocols"))],
+)
+def test_what_a_tunnel_carries_is_not_http(tmp_path: Path, request_line: str, response: bytes):
+    story = cast()
+    link = story.link(1, WEB, 8000)
+    story.ask(link, http(request_line), response, 0, MS)
+    story.ask(link, b"\x16\x03\x01hello", b"\x16\x03\x03hello", 2 * MS, MS)
+    spans = spans_of(story.record(tmp_path / "a.scope"))
+    served = [span for span in spans if span["kind"] == "server"]
+    assert [(span["protocol"], span["operation"]) for span in served] == [
+        ("http", request_line),
+        (None, None),
+    ]
+
+
+def test_a_refused_upgrade_is_http(tmp_path: Path):
+    story = cast()
+    link = story.link(1, WEB, 8000)
+    story.ask(link, http("CONNECT example.com:443"), answer("403 Forbidden"), 0, MS)
+    story.ask(link, http("GET /a"), answer(), 2 * MS, MS)
+    spans = spans_of(story.record(tmp_path / "a.scope"))
+    served = [span["operation"] for span in spans if span["kind"] == "server"]
+    assert served == ["CONNECT example.com:443", "GET /a"]
