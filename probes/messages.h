@@ -294,7 +294,7 @@ __noinline int write_end(OF_CPU __u32 fd, __u32 length, __u64 duration_ns, __u32
 }
 
 /* Bytes of all messages of a sendmmsg or recvmmsg. */
-GLOBAL int sum_headers(__u64 headers, __u32 count)
+__noinline int sum_headers(__u64 headers, __u32 count)
 {
 	__u32 length, total = 0;
 	__u64 i; /* as wide as registers, as in payloads.h */

@@ -189,52 +189,75 @@ static __always_inline __u32 staged_hot_at(__u32 stage, __u32 number)
 }
 
 /*
- * Room for a hot record, or NULL when the reader is behind. The caller fills it and ends with commit(). An
- * index that no other record has is left in *index; those of a CPU grow, but not by one. A function of its
- * own for the stack: up to 6.8 all frames together are limited to 512 bytes, in steps of 32.
+ * Room in the stage of the program that runs now: which record of it in the lower bits, and above them an
+ * index that no other record has; those of a CPU grow, but not by one. 0: the reader is behind, or the stage
+ * is full. Functions that are looked at by themselves: elsewhere each of their ways would double what the
+ * verifier has to walk.
  */
-static __noinline void *hot_reserve(struct cpu_state *cpu, __u64 *index)
+__noinline __u64 claim_hot(void)
 {
 	struct staging *staging = this_staging();
+	struct cpu_state *cpu = this_cpu();
 	struct stage *stage;
-	__u32 number, at;
+	__u32 number;
 
-	if (!cpu || !index || !staging ||
+	if (!cpu || !staging ||
 	    cpu->hot_head - cpu->hot_tail - staging->hot_failed >= hot_slots - RING_MARGIN)
-		return NULL;
+		return 0;
 	number = stage_here(staging);
 	if (number >= STAGES)
-		return NULL;
+		return 0;
 	stage = &staging->stages[number];
 	if (stage->hot >= STAGED_HOT)
-		return NULL;
+		return 0;
 	__sync_fetch_and_add(&cpu->hot_head, 1);
-	*index = cpu->hot_head * STAGE_NUMBERS + number;
-	at = staged_hot_at(number, stage->hot);
-	stage->hot++;
-	return bpf_map_lookup_elem(&staged_hot, &at);
+	return (cpu->hot_head * STAGE_NUMBERS + number) * STAGED_HOT + stage->hot++;
 }
 
 /* Likewise for a wide record; the last `spare` slots are not taken. */
-static __always_inline void *wide_reserve(struct cpu_state *cpu, __u64 *index, __u32 spare)
+__noinline __u64 claim_wide(__u32 spare)
 {
 	struct staging *staging = this_staging();
+	struct cpu_state *cpu = this_cpu();
 	struct stage *stage;
-	__u32 number, at;
+	__u32 number;
 
-	if (!staging ||
+	if (!cpu || !staging ||
 	    cpu->wide_head - cpu->wide_tail - staging->wide_failed >= wide_slots - RING_MARGIN - spare)
-		return NULL;
+		return 0;
 	number = stage_here(staging);
 	if (number >= STAGES)
-		return NULL;
+		return 0;
 	stage = &staging->stages[number];
 	if (stage->wide >= wide_room(number))
-		return NULL;
+		return 0;
 	__sync_fetch_and_add(&cpu->wide_head, 1);
-	*index = cpu->wide_head * STAGE_NUMBERS + number;
-	at = staged_wide_at(number, stage->wide);
-	stage->wide++;
+	return (cpu->wide_head * STAGE_NUMBERS + number) * STAGED_WIDE + stage->wide++;
+}
+
+/* Room for a hot record, or NULL. The caller fills it and ends with commit(). Its index is left in *index. */
+static __always_inline void *hot_reserve(struct cpu_state *cpu, __u64 *index)
+{
+	__u64 claim = claim_hot();
+	__u32 at;
+
+	if (!claim)
+		return NULL;
+	*index = claim / STAGED_HOT;
+	at = staged_hot_at(*index % STAGE_NUMBERS, claim % STAGED_HOT);
+	return bpf_map_lookup_elem(&staged_hot, &at);
+}
+
+/* Likewise for a wide record. */
+static __always_inline void *wide_reserve(struct cpu_state *cpu, __u64 *index, __u32 spare)
+{
+	__u64 claim = claim_wide(spare);
+	__u32 at;
+
+	if (!claim)
+		return NULL;
+	*index = claim / STAGED_WIDE;
+	at = staged_wide_at(*index % STAGE_NUMBERS, claim % STAGED_WIDE);
 	return bpf_map_lookup_elem(&staged_wide, &at);
 }
 
@@ -244,24 +267,28 @@ static __always_inline void commit(__u32 *sequence, __u64 index)
 	*sequence = (__u32)index + 1;
 }
 
-static __always_inline void count_unsent(struct cpu_state *cpu, struct call *record)
+/* A record of a kind could not be sent. */
+__noinline int count_unsent(__u32 kind)
 {
-	__u32 loss = loss_of(record->kind);
+	struct cpu_state *cpu = this_cpu();
+	__u32 loss = loss_of(kind);
 
-	if (record->kind == RECORD_MESSAGE_CALL)
+	if (!cpu)
+		return 0;
+	if (kind == RECORD_MESSAGE_CALL)
 		count_loss(cpu, LOSS_SYSCALLS);
 	if (loss < LOSS_KINDS)
 		count_loss(cpu, loss);
+	return 0;
 }
 
 /* Sends what a stage has. */
 static __always_inline int send_up_to(__u32 limit, void *context, struct staging *staging, __u32 number)
 {
-	struct cpu_state *cpu = this_cpu();
 	void *record;
 	__u32 i, at;
 
-	if (!cpu || !staging || number >= STAGES)
+	if (!staging || number >= STAGES)
 		return 0;
 	for (i = 0; i < limit && i < staging->stages[number].wide; i++) {
 		at = staged_wide_at(number, i);
@@ -270,7 +297,7 @@ static __always_inline int send_up_to(__u32 limit, void *context, struct staging
 			break;
 		if (bpf_perf_event_output(context, &wide, BPF_F_CURRENT_CPU, record, wide_bytes)) {
 			__sync_fetch_and_add(&staging->wide_failed, 1);
-			count_unsent(cpu, record);
+			count_unsent(((struct call *)record)->kind);
 		}
 	}
 	staging->stages[number].wide = 0;
@@ -289,11 +316,10 @@ static __noinline int send_few(void *context, struct staging *staging, __u32 num
 
 static __noinline int send_hot(void *context, struct staging *staging, __u32 number)
 {
-	struct cpu_state *cpu = this_cpu();
 	void *record;
 	__u32 i, at;
 
-	if (!cpu || !staging || number >= STAGES)
+	if (!staging || number >= STAGES)
 		return 0;
 	for (i = 0; i < STAGED_HOT && i < staging->stages[number].hot; i++) {
 		at = staged_hot_at(number, i);
@@ -302,7 +328,7 @@ static __noinline int send_hot(void *context, struct staging *staging, __u32 num
 			break;
 		if (bpf_perf_event_output(context, &hot, BPF_F_CURRENT_CPU, record, HOT_SLOT_BYTES)) {
 			__sync_fetch_and_add(&staging->hot_failed, 1);
-			count_unsent(cpu, record);
+			count_unsent(((struct call *)record)->kind);
 		}
 	}
 	staging->stages[number].hot = 0;
@@ -346,7 +372,7 @@ static __always_inline void end_level(void *context, __u64 level, __u64 before,
 
 	if (!staging)
 		return;
-	number = stage_here(staging);
+	number = level == LEVEL_TASK ? stage_here(staging) : level;
 	if (number >= STAGES)
 		return;
 	stage = &staging->stages[number];
