@@ -311,9 +311,11 @@ def test_forked_child(python: Python):
         parent = found(process.pid)
         child = ask(process, "fork")
         try:
-            interpreter = found(child)
-            assert interpreter.record.tobytes() == parent.record.tobytes()
             deadline = time.monotonic() + 10
+            # the kernel writes its tid into its struct pthread when it first runs
+            while (interpreter := found(child)).thread_tid == 0 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert interpreter.record.tobytes() == parent.record.tobytes()
             while len(threads(interpreter)) > 1 and time.monotonic() < deadline:
                 time.sleep(0.01)  # it forgets the others' states in PyOS_AfterFork_Child()
             assert [thread.tid for thread in threads(interpreter)] == [child]

@@ -8,6 +8,7 @@ import sys
 import time
 
 import polars as pl
+import psutil
 import pytest
 
 from scope_ebpf.analysis.summary import summarize
@@ -128,8 +129,11 @@ def test_it_opens_after_the_recorder_was_killed(tmp_path):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
             time.sleep(0.21 * number)
+            commands = psutil.Process(session.process.pid).children()
             session.process.kill()
             session.process.wait()
+            for command in commands:  # nobody need wait for its end
+                command.kill()
         recording = open_recording(path)
         recording.check()
         assert not recording.meta.complete
