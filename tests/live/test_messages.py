@@ -27,6 +27,15 @@ from tests.live.recording import Session, attached, no_losses, python_target
 
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("each_transport")]
 
+# Every kind of connection; how their records come out of the kernel makes no difference between them.
+WAYS = pytest.mark.parametrize(
+    ("each_transport", "transport"),
+    [
+        *(("rings", transport) for transport in TRANSPORTS),
+        *(("perf", transport) for transport in ("tcp4", "unix-pair", "pipe")),
+    ],
+    indirect=["each_transport"],
+)
 TCP_MODULUS = 2**32
 SEED = 7
 TURN_GAP_NS = int(RecordLimits.TURN_GAP_NS)
@@ -144,7 +153,7 @@ def record(
 
 
 @pytest.mark.parametrize("waiting", [None, 0, 5003], ids=["after", "before", "waiting"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@WAYS
 def test_steps(transport, waiting, tmp_path):
     """In lock-step, each send finds its receive, by every call there is."""
     talk, _ = record(tmp_path, transport, "steps", waiting)
@@ -161,7 +170,7 @@ def test_steps(transport, waiting, tmp_path):
 
 
 @pytest.mark.parametrize("waiting", [None, 0, 5003], ids=["after", "before", "waiting"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@WAYS
 def test_flood(transport, waiting, tmp_path):
     """With both directions at once and cut anew, the ranges of both ends still tile the stream."""
     talk, _ = record(tmp_path, transport, "flood", waiting)
@@ -169,7 +178,11 @@ def test_flood(transport, waiting, tmp_path):
     talk.check_tiles(waiting or 0)
 
 
-@pytest.mark.parametrize("limit", [0, 7, 512, 4000])
+@pytest.mark.parametrize(
+    ("each_transport", "limit"),
+    [("rings", 0), ("rings", 7), ("rings", 512), ("rings", 4000), ("perf", 512)],
+    indirect=["each_transport"],
+)
 @pytest.mark.parametrize("transport", ["tcp4", "unix-path", "pipe"])
 def test_payload_heads(transport, limit, tmp_path):
     """At the start of each turn the first bytes that moved, and nothing elsewhere."""
