@@ -101,6 +101,7 @@ class Store:
         self._writer = RecordingWriter(
             plan.path, first_meta(plan, started_ns, notes, places, own_tables)
         )
+        self._writer.make_room = self._make_room
         self._next_meta = time.monotonic() + META_SECONDS
 
     def rows(self) -> dict[str, int]:
@@ -213,19 +214,26 @@ class Store:
 
     def _keep_quota(self) -> None:
         """Drop the oldest chunks that the quota has no room for, with room for another batch."""
-        most_bytes, most_seconds = self._keep
+        self._make_room(self._newest_bytes)
+        _, most_seconds = self._keep
         chunks = self._writer.chunks
         while self._failed is None:
-            used = self._writer.disk_bytes + self._newest_bytes + OTHER_BYTES
-            used += sum(earlier.disk_bytes for earlier in self._earlier)
-            too_much = most_bytes is not None and used > most_bytes
             age = 0.0
             if self._earlier:
                 age = (time.time_ns() - self._earlier[0].ended_realtime_ns) / 1e9
             elif len(chunks) > 1:
                 age = time.monotonic() - chunks[1].began_at
             too_old = most_seconds is not None and age > most_seconds
-            if not (too_much or too_old) or not self._drop_oldest():
+            if not too_old or not self._drop_oldest():
+                break
+
+    def _make_room(self, more_bytes: int) -> None:
+        """Drop the oldest chunks until the quota has room for so many bytes, or nothing is left to drop."""
+        most_bytes, _ = self._keep
+        while most_bytes is not None and self._failed is None:
+            used = self._writer.disk_bytes + more_bytes + OTHER_BYTES
+            used += sum(earlier.disk_bytes for earlier in self._earlier)
+            if used <= most_bytes or not self._drop_oldest():
                 break
 
     def _drop_oldest(self) -> bool:

@@ -5,6 +5,7 @@ import os
 import time
 import zlib
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
@@ -59,6 +60,8 @@ class RecordingWriter:
         tables = [*SCHEMAS, *(own.name for own in meta.own_tables)]
         self.rows = dict.fromkeys(tables, 0)
         self.bytes_on_disk = 0
+        # called before a segment is written, with what it will take on the disk
+        self.make_room: Callable[[int], None] = lambda _: None
         self._numbers = dict.fromkeys(tables, 0)
         self._dropped_rows = Counter[str]()
         self._dropped_segments = Counter[str]()
@@ -118,6 +121,7 @@ class RecordingWriter:
             content, compression="zstd", compression_level=1, statistics=table != "messages"
         )
         data = content.getbuffer()
+        self.make_room(_blocks(len(data)))
         crc32 = zlib.crc32(data)
         name = segment_name(first, last, crc32)
         folder = self.path / table

@@ -81,6 +81,20 @@ def test_a_chunk_goes_as_a_whole_and_is_counted(tmp_path):
     assert found.tables["syscalls"].dropped == 3
 
 
+def test_room_is_made_before_a_segment_is_written(tmp_path):
+    written = writer(tmp_path / "a.scope")
+    asked = []
+
+    def make_room(more_bytes: int) -> None:
+        asked.append((more_bytes, disk_bytes(tmp_path)))
+
+    written.make_room = make_room
+    for _ in range(2):
+        written.write("syscalls", calls(1, 2))
+    (first, before), (second, between) = asked
+    assert first == second == between - before == disk_bytes(tmp_path) - between
+
+
 def test_a_segment_that_was_about_to_go_does_not_count(tmp_path):
     """The recorder was killed after it had said so, and before it removed it."""
     path = tmp_path / "a.scope"
