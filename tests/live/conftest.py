@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from tests.live import recording
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hangups_end_programs():
+    """Also where the tests were started with nohup, whose children would go on ignoring SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(params=["rings", "perf"])

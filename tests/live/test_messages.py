@@ -309,7 +309,11 @@ def test_ends_of_tcp(tmp_path):
 REUSED = ["tcp-port", "unix-path", "unix-pair", "unix-unaccepted", "pipe", "fd"]
 
 
-@pytest.mark.parametrize("kind", REUSED)
+@pytest.mark.parametrize(
+    ("each_transport", "kind"),
+    [*(("rings", kind) for kind in REUSED), ("perf", "tcp-port"), ("perf", "unix-pair")],
+    indirect=["each_transport"],
+)
 def test_reuse(kind, tmp_path):
     """Sockets that follow each other at one port, path, descriptor or address stay apart."""
     rounds = 199
@@ -384,6 +388,7 @@ def test_queue_too_long_to_measure(tmp_path):
     ("who", "size"), [("reader", 101), ("short-writer", 101), ("writer", 16_000_057)]
 )
 @pytest.mark.parametrize("kind", ["tcp4", "unix-pair", "pipe"])
+@pytest.mark.parametrize("each_transport", ["rings"], indirect=True)
 def test_calls_under_way_at_the_start(kind, who, size, tmp_path):
     """A call that is under way when the recording begins is a row, and all later ranges fit."""
     with (
