@@ -173,7 +173,7 @@ def test_own_program(bcc):
     assert calls.select("tgid", "tid").rows() == known.select("tgid", "tid").rows()
     # it ran at the begin of each call, before or after ours: when the thread's call before had ended
     ended = known.select(end=pl.col("start_ns") + pl.col("duration_ns"), tid="tid").with_columns(
-        before=pl.col("end").shift(1).over("tid").fill_null(0)
+        before=pl.col("end").shift(1).over("tid").fill_null(session.recording.meta.started_ns)
     )
     assert calls["ts"].is_between(ended["before"], ended["end"]).all()
     assert calls["leader"].sum() == GETPPIDS - 1

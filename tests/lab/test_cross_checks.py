@@ -381,14 +381,9 @@ def test_bcc_offcputime(beside_bcc):
     offcpu = beside_bcc.session.table("offcpu")
     # a new thread is ready to run from its birth on, and BCC first sees it when it leaves a CPU
     born = beside_bcc.session.table("processes").filter(pl.col("event").is_in(["fork", "thread"]))
-    first = pl.struct("tid", "start_ns").is_in(
-        offcpu.filter(pl.col("tid").is_in(born["tid"].implode()))
-        .group_by("tid")
-        .agg(pl.col("start_ns").min())
-        .to_struct()
-        .implode()
-    )
-    whole = offcpu.filter(~first, status="complete", tgid=beside_bcc.note["pid"])
+    newborn = pl.col("tid").is_in(born["tid"].implode())
+    newborn &= pl.col("start_ns") == pl.col("start_ns").min().over("tid")
+    whole = offcpu.filter(~newborn, status="complete", tgid=beside_bcc.note["pid"])
     grouped = whole.group_by("tid").agg(pl.len(), pl.col("duration_ns").sum().alias("ns"))
     ours = {row["tid"]: (row["len"], row["ns"]) for row in grouped.to_dicts()}
     waits = beside_bcc.note["waits"]
