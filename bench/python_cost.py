@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tracers
+from programs import ToldProgram
 from results import Section
 from setting import SCOPE_EBPF, Setting
 
@@ -55,37 +54,19 @@ CASES = (
 )  # fmt: skip
 
 
-class Target:
+class Target(ToldProgram):
     """python_target.py at work; a context manager that ends it."""
 
     def __init__(self, work: str, depth: int) -> None:
-        """Start it and wait until it is ready."""
-        self.process = subprocess.Popen(
-            [sys.executable, TARGET, work, str(depth)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None and self.process.stdin is not None
-        self.process.stdout.readline()
-
-    def __enter__(self) -> Target:
-        """The target itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End it."""
-        with suppress(BrokenPipeError):
-            self.process.communicate("", timeout=10)
+        """Prepare."""
+        super().__init__("the Python target", [sys.executable, str(TARGET), work, str(depth)])
 
     def ns(self, count: int) -> float:
         """What one piece of work takes: the median of some batches."""
-        assert self.process.stdout is not None and self.process.stdin is not None
         found = []
         for _ in range(5):
-            self.process.stdin.write(f"{count}\n")
-            self.process.stdin.flush()
-            found.append(float(self.process.stdout.readline()))
+            self.tell(str(count))
+            found.append(float(self.answer(1)[0]))
         return statistics.median(found)
 
 
@@ -115,7 +96,7 @@ def traced(setting: Setting, target: Target, case: Case, families: str | None) -
         return target.ns(case.count)
     with tracers.scope_ebpf(
         SCOPE_EBPF,
-        [target.process.pid],
+        [target.pid],
         setting.path("python.scope"),
         families=families,
         cpus=setting.other_cpus,
